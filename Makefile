@@ -1,0 +1,53 @@
+# Two commands for a fresh machine: `make validate` and `make test`.
+# Both make .venv on their first run. To use an environment of your own instead: make test PY=python3
+PYTHON ?= python3
+TRITON_OLDEST := 3.6.0
+TRITON_NEWEST := 3.9.0
+
+ifdef PY
+READY :=
+else
+PY := .venv/bin/python
+READY := .venv/.ready
+endif
+TRITONS := $(TRITON_OLDEST:%=.venv-triton/%/.ready) $(TRITON_NEWEST:%=.venv-triton/%/.ready)
+
+.PHONY: help validate test lint clean
+
+help:
+	@echo "make validate   is attention correct here, and how many microseconds does a sequence cost?"
+	@echo "make test       the tests; those that need a GPU are skipped where there is none"
+	@echo "make lint       ruff and mypy"
+	@echo "make clean      remove what the commands above made"
+
+validate: $(READY)
+	$(PY) -m flashcore.benchmark.expert_validation
+
+test: $(READY) $(TRITONS)
+	$(PY) -m pytest
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+# With a GPU, a torch that the machine already has is used as it is (and torch comes from the index if there is
+# none). Without one, the pinned pair: see constraints-cpu.txt.
+.venv/.ready: pyproject.toml constraints-cpu.txt
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+	  if $(PYTHON) -c 'import torch' 2>/dev/null; then site=--system-site-packages; fi; \
+	  echo "setting up .venv for $$(nvidia-smi -L | head -n 1)"; \
+	else \
+	  pins='-c constraints-cpu.txt'; \
+	  echo "setting up .venv without a GPU"; \
+	fi; \
+	$(PYTHON) -m venv --clear $$site .venv && .venv/bin/python -m pip install --quiet $$pins -e '.[dev]'
+	@touch $@
+
+# Other releases of Triton, beside the installed one and without a second torch: tests/test_triton_versions.py.
+.venv-triton/%/.ready: | $(READY)
+	@echo "adding triton $*"
+	@$(PY) -m pip install --quiet --no-deps --upgrade --target $(@D) triton==$*
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-triton build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,62 @@
+"""The `flashcore` command: a table of commands, each a module whose `main(argv)` parses its own options.
+
+Every module in the table also runs by itself (`python -m flashcore.benchmark.expert_validation`), so its options are
+declared there, once. Typer adds the overview, the spelling hints and the shell completion; it belongs to the `bench`
+extra, so `info`, which a bug report needs most where an installation is broken, goes around it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from flashcore import diagnostics
+
+if TYPE_CHECKING:
+    import typer
+
+COMMANDS: dict[str, tuple[str, str]] = {  # name -> the module, what the overview says
+    "info": ("flashcore.diagnostics", "What a bug report needs: GPU, driver, versions, and which kernels run here."),
+    "validate": ("flashcore.benchmark.expert_validation", "Is attention correct here, and how fast is it?"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0 = fine, 2 = misused or the `bench` extra is missing."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == ["info"]:
+        return diagnostics.main(args[1:])
+    try:
+        app = _app()
+    except ModuleNotFoundError as missing:
+        print(
+            f"flashcore: this needs {missing.name}, which the bench extra installs: pip install 'flashcore-attn[bench]'"
+            "\n`flashcore info` works without it.",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        app(args, prog_name="flashcore")
+    except SystemExit as done:
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
+    return 0
+
+
+def _app() -> typer.Typer:
+    import typer
+
+    app = typer.Typer(no_args_is_help=True, help="Attention kernels for NVIDIA GPUs: short sequences, low latency.")
+    # A command's own --help and options reach its main untouched.
+    untouched = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+    def command(module: str) -> None:
+        def run(context: typer.Context) -> None:
+            raise typer.Exit(import_module(module).main(context.args))
+
+        app.command(name, help=summary, context_settings=untouched)(run)
+
+    for name, (module, summary) in COMMANDS.items():
+        command(module)
+    return app
