@@ -1,0 +1,76 @@
+"""The portable kernel bound to a problem."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+
+from flashcore.core.config import Config
+from flashcore.core.problem import Problem
+from flashcore.kernels.portable.attention import attention_forward
+from flashcore.launch.binding import Binding, Pointer, Scalar
+
+_LOG2E = 1.4426950408889634
+_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def bind(problem: Problem, config: Config, scale: float) -> Binding:
+    """What to compile and pass to compute `problem` with `config`; `scale` multiplies q.k before the softmax.
+
+    A grid with a 0 in it means that there is nothing to compute and nothing must be launched; seqlen_k = 0 is
+    computed by the kernel (zeros, and lse -inf).
+    """
+    p = problem
+    kind = "*" + _TYPES[p.dtype]
+    unit = stride_unit(p)
+    strides = {"q": p.stride_q, "k": p.stride_k, "v": p.stride_v, "o": p.stride_o}
+    args: dict[str, Any] = {name: Pointer(name, kind, p.aligned) for name in strides}
+    if p.return_lse:
+        args["lse"] = Pointer("lse", "*fp32", True)
+    args["qk_scale"] = Scalar("fp32", _qk_scale(scale))
+    for name, (batch, head, row) in strides.items():
+        axis = "n" if name in "kv" else "m"
+        tile = config.block_n if name in "kv" else config.block_m
+        args[f"stride_{name}b"] = Scalar("i64", batch // unit)
+        args[f"stride_{name}h"] = Scalar("i64", head // unit)
+        args[f"stride_{name}{axis}"] = Scalar("i32" if tile * abs(row) + 256 < 2**31 else "i64", row // unit)
+    args["seqlen_q"] = Scalar("i32", p.seqlen_q)
+    args["seqlen_k"] = Scalar("i32", p.seqlen_k)
+
+    constexprs: dict[str, Any] = {} if p.return_lse else {"lse": None}
+    constexprs |= {
+        "HEAD_DIM": p.head_dim, "HEAD_DIM_V": p.head_dim_v, "GROUP": p.group, "CAUSAL": p.is_causal,
+        "EVEN_M": p.seqlen_q % config.block_m == 0, "EVEN_N": p.seqlen_k % config.block_n == 0,
+        "STRIDE_UNIT": unit, "NEGATE_Q": scale < 0,
+        "EMULATED": p.dtype == torch.bfloat16 and isinstance(attention_forward, InterpretedFunction),
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "BLOCK_D": block_of(p.head_dim), "BLOCK_DV": block_of(p.head_dim_v),
+    }  # fmt: skip
+    tiles = -(-p.seqlen_q // config.block_m)
+    grid = (p.heads_q, tiles, p.batch) if p.is_causal else (tiles, p.heads_q, p.batch)
+    # enable_fp_fusion: one FFMA for scale and maximum per score; its default is off from Triton 3.10 on.
+    options: dict[str, Any] = {
+        "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True
+    }  # fmt: skip
+    if config.maxnreg is not None:
+        options["maxnreg"] = config.maxnreg
+    return Binding(attention_forward, False, grid, args, constexprs, options)
+
+
+def block_of(dim: int) -> int:
+    """Columns of a tile that holds `dim` elements of a row: Triton's tiles are powers of two, its MMA needs 16."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def stride_unit(problem: Problem) -> int:
+    """How many elements one unit of a stride stands for: 8 (16 bytes) when every stride is a multiple of it."""
+    p = problem
+    return 8 if all(s % 8 == 0 for s in (*p.stride_q, *p.stride_k, *p.stride_v, *p.stride_o)) else 1
+
+
+def _qk_scale(scale: float) -> float:
+    # A hidden score is -inf, and -inf * 0 would be NaN. Scores are below 2^40 in magnitude for fp16 inputs, so
+    # that a scale of 2^-100 weighs every key alike, exactly as 0 does.
+    return max(abs(scale) * _LOG2E, 2.0**-100)
