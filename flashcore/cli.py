@@ -1,14 +1,13 @@
 """The `flashcore` command: a table of commands, each a module whose `main(argv)` parses its own options.
 
 Every module in the table also runs by itself (`python -m flashcore.benchmark.expert_validation`), so its options are
-declared there, once. Typer adds the overview, the spelling hints and the shell completion; it belongs to the `bench`
-extra, so `info`, which a bug report needs most where an installation is broken, goes around it.
+declared there, once. Typer adds the overview and the spelling hints; it belongs to the `bench` extra, so `info`, which
+a bug report needs most where an installation is broken, goes around it.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: Typer reads the annotations of functions that are made after it is loaded.
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -37,26 +36,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    try:
-        app(args, prog_name="flashcore")
-    except SystemExit as done:
-        return done.code if isinstance(done.code, int) else int(done.code is not None)
+    app(args, prog_name="flashcore")  # ends in SystemExit with the command's status
     return 0
 
 
-def _app() -> typer.Typer:
+def _app() -> "typer.Typer":
     import typer
 
-    app = typer.Typer(no_args_is_help=True, help="Attention kernels for NVIDIA GPUs: short sequences, low latency.")
+    app = typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,  # a traceback that can be pasted into a bug report
+        help="Attention kernels for NVIDIA GPUs: short sequences, low latency.",
+    )
     # A command's own --help and options reach its main untouched.
     untouched = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
-    def command(module: str) -> None:
+    def command(module: str) -> Callable[[typer.Context], None]:
         def run(context: typer.Context) -> None:
             raise typer.Exit(import_module(module).main(context.args))
 
-        app.command(name, help=summary, context_settings=untouched)(run)
+        return run
 
     for name, (module, summary) in COMMANDS.items():
-        command(module)
+        app.command(name, help=summary, context_settings=untouched)(command(module))
     return app

@@ -1,0 +1,139 @@
+"""What a bug report needs, as `flashcore info` and `python -m flashcore` print it.
+
+Nothing here needs the `bench` extra, a GPU or a working compiler: the report matters most where they are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from flashcore import __version__
+
+# The problem that says whether a kernel runs here at all: the smallest of the validation's, fp16.
+_BATCH, _HEADS, _SEQLEN, _HEAD_DIM = 1, 8, 128, 64
+
+
+def collect() -> dict[str, Any]:
+    """The report as plain data.
+
+    Keys: flashcore, python, platform, torch, cuda, triton (versions, None where there is none), driver, gpus (one
+    dict each, in CUDA's order), compiler (the C compiler Triton will use, None = not found), cache (Triton's folder of
+    compiled kernels), kernels (name -> the reasons why it cannot run on the first GPU, empty = it can).
+    """
+    import torch
+
+    gpus = [_gpu(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return {
+        "flashcore": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "driver": _driver(),
+        "gpus": gpus,
+        "compiler": _compiler(),
+        "cache": _cache(),
+        "kernels": _kernels(bool(gpus)),
+    }
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report for people, one fact a line."""
+    lines = [f"{key:<10} {report[key] or 'none'}" for key in ("flashcore", "python", "platform", "torch", "cuda")]
+    lines += [f"{key:<10} {report[key] or 'none'}" for key in ("triton", "driver")]
+    for i, gpu in enumerate(report["gpus"]):
+        lines.append(
+            f"gpu {i:<6} {gpu['name']}, sm_{gpu['arch']}, {gpu['sms']} SMs, {gpu['memory_bytes'] / 2**30:.0f} GiB"
+        )
+    if not report["gpus"]:
+        lines.append(f"{'gpu':<10} none")
+    no_compiler = "none: Triton needs a C compiler before its first launch (install gcc or clang, or set CC)"
+    lines.append(f"{'compiler':<10} {report['compiler'] or no_compiler}")
+    lines.append(f"{'cache':<10} {report['cache']}")
+    lines.append("kernels")
+    for name, reasons in report["kernels"].items():
+        lines.append(f"  {name:<10} {'no: ' + '; '.join(reasons) if reasons else 'runs'}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report, as text or with --json as JSON."""
+    parser = argparse.ArgumentParser(prog="flashcore info", description="What a bug report needs.")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    report = collect()
+    print(json.dumps(report, indent=2) if options.json else text(report))
+    return 0
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    import torch
+
+    from flashcore.core import target
+
+    gpu = target.current(index)
+    return {
+        "name": gpu.name,
+        "arch": gpu.arch,
+        "sms": gpu.sms,
+        "smem_per_block_bytes": gpu.smem_per_block,
+        "l2_bytes": gpu.l2_bytes,
+        "memory_bytes": torch.cuda.get_device_properties(index).total_memory,
+    }
+
+
+def _driver() -> str | None:
+    """The driver's release, such as 580.95.05, as the kernel module on Linux states it."""
+    module = Path("/sys/module/nvidia/version")
+    return module.read_text().strip() if module.exists() else None
+
+
+def _compiler() -> str | None:
+    """The C compiler that Triton builds its launcher with: $CC, else gcc, else clang."""
+    return shutil.which(os.environ.get("CC") or "gcc") or shutil.which("clang")
+
+
+def _cache() -> str:
+    home = os.environ.get("TRITON_HOME") or str(Path.home())
+    return os.environ.get("TRITON_CACHE_DIR") or str(Path(home) / ".triton" / "cache")
+
+
+def _kernels(has_gpu: bool) -> dict[str, list[str]]:
+    import torch
+
+    from flashcore.core import target
+    from flashcore.core.errors import UnsupportedError
+    from flashcore.core.problem import Problem
+    from flashcore.launch import select
+
+    strides = (_HEADS * _SEQLEN * _HEAD_DIM, _SEQLEN * _HEAD_DIM, _HEAD_DIM)
+    problem = Problem(
+        torch.float16, _BATCH, _HEADS, _HEADS, _SEQLEN, _SEQLEN, _HEAD_DIM, _HEAD_DIM, strides, strides, strides, strides
+    )
+    reasons: dict[str, list[str]] = {"reference": []}
+    for name in select.KERNELS:
+        if not has_gpu:
+            reasons[name] = ["no CUDA GPU" if torch.version.cuda else "this torch is built without CUDA"]
+            continue
+        try:
+            select.select(problem, target.current(0), backend=name)
+            reasons[name] = []
+        except UnsupportedError as refusal:
+            reasons[name] = list(refusal.reasons.get(name, ())) or [str(refusal)]
+    return reasons
