@@ -8,37 +8,33 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from flashcore import __version__
+from flashcore.measure import machine
 
-# The problem that says whether a kernel runs here at all: the smallest of the validation's, fp16.
-_BATCH, _HEADS, _SEQLEN, _HEAD_DIM = 1, 8, 128, 64
+# The problem that says whether a kernel runs here at all: fp16, the validation's smallest.
+_HEADS, _SEQLEN, _HEAD_DIM = 8, 128, 64
 
 
 def collect() -> dict[str, Any]:
     """The report as plain data.
 
-    Keys: flashcore, python, platform, torch, cuda, triton (versions, None where there is none), driver, gpus (one
-    dict each, in CUDA's order), compiler (the C compiler Triton will use, None = not found), cache (Triton's folder of
-    compiled kernels), kernels (name -> the reasons why it cannot run on the first GPU, empty = it can).
+    Keys: flashcore (its version), those of `flashcore.measure.machine.environment`, and gpus (one dict each, in CUDA's
+    order), compiler (the C compiler that Triton will use, None = not found), cache (Triton's folder of compiled
+    kernels), kernels (name -> the reasons why it cannot run on the first GPU, none = it can).
     """
     import torch
 
     gpus = [_gpu(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    environment = machine.environment()
     return {
         "flashcore": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": _version("triton"),
-        "driver": _driver(),
+        **environment,
+        "driver": environment["driver"] or _driver(),
         "gpus": gpus,
         "compiler": _compiler(),
         "cache": _cache(),
@@ -48,8 +44,8 @@ def collect() -> dict[str, Any]:
 
 def text(report: dict[str, Any]) -> str:
     """The report for people, one fact a line."""
-    lines = [f"{key:<10} {report[key] or 'none'}" for key in ("flashcore", "python", "platform", "torch", "cuda")]
-    lines += [f"{key:<10} {report[key] or 'none'}" for key in ("triton", "driver")]
+    plain = ("flashcore", "commit", "python", "system", "cpu", "torch", "triton", "cuda", "cudnn", "driver")
+    lines = [f"{key:<10} {report[key] or 'none'}" for key in plain]
     for i, gpu in enumerate(report["gpus"]):
         lines.append(
             f"gpu {i:<6} {gpu['name']}, sm_{gpu['arch']}, {gpu['sms']} SMs, {gpu['memory_bytes'] / 2**30:.0f} GiB"
@@ -75,13 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
-
-
 def _gpu(index: int) -> dict[str, Any]:
     import torch
 
@@ -99,7 +88,7 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def _driver() -> str | None:
-    """The driver's release, such as 580.95.05, as the kernel module on Linux states it."""
+    """The driver's release, such as 580.95.05, where nvidia-ml-py or CUDA could not be asked: Linux states it too."""
     module = Path("/sys/module/nvidia/version")
     return module.read_text().strip() if module.exists() else None
 
@@ -122,10 +111,9 @@ def _kernels(has_gpu: bool) -> dict[str, list[str]]:
     from flashcore.core.problem import Problem
     from flashcore.launch import select
 
+    sizes = (8, _HEADS, _HEADS, _SEQLEN, _SEQLEN, _HEAD_DIM, _HEAD_DIM)
     strides = (_HEADS * _SEQLEN * _HEAD_DIM, _SEQLEN * _HEAD_DIM, _HEAD_DIM)
-    problem = Problem(
-        torch.float16, _BATCH, _HEADS, _HEADS, _SEQLEN, _SEQLEN, _HEAD_DIM, _HEAD_DIM, strides, strides, strides, strides
-    )
+    problem = Problem(torch.float16, *sizes, strides, strides, strides, strides)
     reasons: dict[str, list[str]] = {"reference": []}
     for name in select.KERNELS:
         if not has_gpu:

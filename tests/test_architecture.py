@@ -65,6 +65,8 @@ def room_of(file: str) -> str | None:
 
 def file_of(module: str) -> str | None:
     """The file that a dotted name of ours stands for: a module, or a package's __init__."""
+    if not re.fullmatch(r"flashcore(\.\w+)*", module):
+        return None
     path = "/".join(module.split(".")[1:])
     for candidate in (f"{path}.py", f"{path}/__init__.py".lstrip("/")):
         if candidate in FILES:
@@ -103,9 +105,8 @@ def imports_of(source: str, file: str) -> list[Import]:
                     yield deeper
                 elif deeper != "flashcore.__version__":  # one source, free to all
                     yield module
-        elif isinstance(node, ast.Constant) and re.fullmatch(r"flashcore(\.\w+)+", str(node.value)):
-            if file_of(node.value):
-                yield node.value
+        elif isinstance(node, ast.Constant) and "." in str(node.value) and file_of(str(node.value)):
+            yield node.value
 
     found: list[Import] = []
 

@@ -64,7 +64,8 @@ def test_contents(wheel: Path) -> None:
 
 
 def test_twine_accepts_it(wheel: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "twine", "check", "--strict", str(wheel)], capture_output=True, text=True)
+    command = [sys.executable, "-m", "twine", "check", "--strict", str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
