@@ -30,17 +30,20 @@ lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-# With a GPU, a torch that the machine already has is used as it is (and torch comes from the index if there is
-# none). Without one, the pinned pair: see constraints-cpu.txt.
+# With a GPU, the torch that $(PYTHON) already has is used as it is, wherever it lives: a .pth file names its folder.
+# Without one, the pinned pair: see constraints-cpu.txt.
 .venv/.ready: pyproject.toml constraints-cpu.txt
-	@if nvidia-smi -L >/dev/null 2>&1; then \
-	  if $(PYTHON) -c 'import torch' 2>/dev/null; then site=--system-site-packages; fi; \
-	  echo "setting up .venv for $$(nvidia-smi -L | head -n 1)"; \
+	@set -e; $(PYTHON) -m venv --clear .venv; \
+	if gpu=$$(nvidia-smi -L 2>/dev/null | head -n 1) && [ -n "$$gpu" ]; then \
+	  echo "setting up .venv for $$gpu"; \
+	  site=$$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	  $(PYTHON) -c 'import torch, pathlib; print(pathlib.Path(torch.__path__[0]).parent)' >"$$site/torch.pth" 2>/dev/null \
+	    || echo "$(PYTHON) has no torch: installing one"; \
 	else \
-	  pins='-c constraints-cpu.txt'; \
 	  echo "setting up .venv without a GPU"; \
+	  pins='-c constraints-cpu.txt'; \
 	fi; \
-	$(PYTHON) -m venv --clear $$site .venv && .venv/bin/python -m pip install --quiet $$pins -e '.[dev]'
+	.venv/bin/python -m pip install --quiet $$pins -e '.[dev]'
 	@touch $@
 
 # Other releases of Triton, beside the installed one and without a second torch: tests/test_triton_versions.py.
