@@ -1,0 +1,1 @@
+"""FlashCore held against its target, its peers and its own other configurations."""

@@ -1,0 +1,1 @@
+"""Clocks, cache state, statistics and the machine's record; knows nothing of attention."""
