@@ -7,10 +7,14 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+from torch.nn import Parameter
 
 from flashcore.core.errors import UnsupportedError
 from flashcore.launch import cpu, ops
-from flashcore.launch.arguments import Options, check
+from flashcore.launch.arguments import Options, check, check_extras
+from flashcore.launch.launcher import Key, Run, find, prepare, recent, recent_into, remember
+from flashcore.launch.torch_private import dispatch_modes, functorch_is_active, is_plain
 
 __all__ = ["attention"]
 
@@ -62,27 +66,84 @@ def attention(
         UnsupportedError: no kernel serves the problem; the message gives each kernel's reasons.
         RuntimeError: `out` where a gradient would be needed, or a first call inside a CUDA graph capture.
     """
-    options = Options(block_m, block_n, is_causal, scale, return_lse, layout, backend)
+    options = (block_m, block_n, is_causal, scale, return_lse, layout, backend)
+    key = (options, window, softcap, attn_mask, seqused_k)
+    # Dynamo folds the first of these and never sees the rest.
+    if not (is_dynamo_compiling() or dispatch_modes() or forward_ad._current_level >= 0):
+        try:
+            entry = recent.get(key) if out is None else recent_into.get(key)
+            if entry is None or not (entry.guard(q, k, v) if out is None else entry.guard(q, k, v, out)):
+                entry = find(key, q, k, v, out)
+        except TypeError:  # an option without a hash, such as a window given as a list
+            entry = None
+        if entry is not None:
+            result = entry.run(q, k, v, out)
+            if result is not None:
+                return result
+    return _attend(q, k, v, out, key)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, key: Key) -> Tensor | tuple[Tensor, Tensor]:
+    """A call seen for the first time, or one that something else has to see as an operator."""
     inputs = (q, k, v)
+    options, extras = Options(*key[0]), _extras(*key[1:])
     if torch.overrides.has_torch_function(inputs):
-        return torch.overrides.handle_torch_function(
-            attention, inputs, *inputs, block_m, block_n, is_causal=is_causal, scale=scale, window=window,
-            softcap=softcap, attn_mask=attn_mask, seqused_k=seqused_k, return_lse=return_lse, layout=layout, out=out,
-            backend=backend,
-        )  # fmt: skip
+        override: Any = torch.overrides.handle_torch_function
+        return override(attention, inputs, *inputs, out=out, **options._asdict(), **extras)  # type: ignore[no-any-return]
     check(q, k, v, options, out)
+    check_extras(q, k, options.layout, **extras)
+    device = q.device.type
+    if out is None and device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        if q.dtype not in (dtype, torch.float64):  # what autocast does to torch's own attention
+            return attention(q.to(dtype), k.to(dtype), v.to(dtype), **options._asdict(), **extras)
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in inputs):
         raise UnsupportedError("attention() has no forward-mode derivative")
-    extras = _extras(window, softcap, attn_mask, seqused_k)
     if extras:
-        if q.device.type != "cpu":
+        if device != "cpu":
             raise UnsupportedError("attention()", {"every kernel": [f"{name} is not served yet" for name in extras]})
-        out, lse = cpu.forward(q, k, v, out, options, **extras)
-    elif out is None:
-        out, lse = ops.attention(q, k, v, **options._asdict())
-    else:
-        lse = ops.attention_out(q, k, v, out, **options._asdict())
-    return (out, lse) if return_lse else out
+        return _pick(cpu.forward(q, k, v, out, options, **extras), options)
+
+    if is_dynamo_compiling() or any(type(t) not in (Tensor, Parameter) for t in inputs):
+        return _operator(q, k, v, out, options)
+    if not is_plain():
+        if functorch_is_active() and out is None:
+            return _differentiable(q, k, v, options, None)  # type: ignore[no-any-return]
+        return _operator(q, k, v, out, options)
+    if device != "cuda":
+        return _operator(q, k, v, out, options)
+    run = prepare(q, k, v, out, options)
+    if any(t.requires_grad for t in inputs) or (out is not None and out.requires_grad):
+        run = _with_gradient(run, options)
+    remember(key, q, k, v, out, run)
+    result = run(q, k, v, out)
+    assert result is not None  # it was prepared for these very tensors
+    return result
+
+
+def _with_gradient(run: Run, options: Options) -> Run:
+    """`run` for tensors of which one requires grad, whatever the grad mode is when it is called."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Any:
+        if not torch.is_grad_enabled():
+            return run(q, k, v, out)
+        return None if out is not None else _differentiable(q, k, v, options, run)
+
+    return call
+
+
+def _differentiable(q: Tensor, k: Tensor, v: Tensor, options: Options, run: Run | None) -> Any:
+    return ops.Differentiable.apply(q, k, v, options, run)  # type: ignore[no-untyped-call]
+
+
+def _operator(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, options: Options) -> Tensor | tuple[Tensor, Tensor]:
+    if out is None:
+        return _pick(ops.attention(q, k, v, **options._asdict()), options)
+    return _pick((out, ops.attention_out(q, k, v, out, **options._asdict())), options)
+
+
+def _pick(both: tuple[Tensor, Tensor], options: Options) -> Tensor | tuple[Tensor, Tensor]:
+    return both if options.return_lse else both[0]
 
 
 def _extras(

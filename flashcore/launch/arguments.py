@@ -38,11 +38,11 @@ def check(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor | None 
         ValueError: shapes, strides, devices, dtypes or options that contradict each other.
         RuntimeError: `out` is given where a gradient would be needed.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
-        if not isinstance(tensor, Tensor) and not (name == "out" and tensor is None):
+    inputs = (("q", q), ("k", k), ("v", v))
+    for name, tensor in inputs if out is None else (*inputs, ("out", out)):
+        if not isinstance(tensor, Tensor):
             raise TypeError(_message(name, "a torch.Tensor", type(tensor).__name__))
     _check_options(options)
-    inputs = (("q", q), ("k", k), ("v", v))
     for name, tensor in inputs:
         if tensor.dim() != 4:
             raise ValueError(_message(name, f"4 dimensions, {_axes(options.layout)}", f"{list(tensor.shape)}"))
@@ -58,6 +58,41 @@ def check(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor | None 
         _check_last_dimension(name, tensor)
     if out is not None:
         _check_out(q, k, v, out)
+
+
+def check_extras(
+    q: Tensor, k: Tensor, layout: str, window: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    attn_mask: Tensor | None = None, seqused_k: Tensor | None = None,
+) -> None:
+    """Refuse options of a checked call that make no sense, whether or not a kernel serves them.
+
+    Raises:
+        TypeError, ValueError: as `check`.
+    """
+    if len(window) != 2 or not all(isinstance(side, int) and side >= -1 for side in window):
+        raise ValueError(_message("window", "two ints of at least -1, (left, right)", repr(window)))
+    if not isinstance(softcap, (int, float)) or not 0 <= softcap < math.inf:
+        raise ValueError(_message("softcap", "a finite number of at least 0", repr(softcap)))
+    b, h, s = _order(layout)
+    if attn_mask is not None:
+        if not isinstance(attn_mask, Tensor):
+            raise TypeError(_message("attn_mask", "a torch.Tensor", type(attn_mask).__name__))
+        if attn_mask.dtype != torch.bool and not attn_mask.dtype.is_floating_point:
+            raise ValueError(_message("attn_mask", "a bool or floating-point dtype", f"{attn_mask.dtype}"))
+        scores = (q.shape[b], q.shape[h], q.shape[s], k.shape[s])
+        padded = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+        if len(padded) != 4 or any(m not in (1, n) for m, n in zip(padded, scores, strict=True)):
+            raise ValueError(_message("attn_mask", f"a shape that broadcasts to {list(scores)}", list(attn_mask.shape)))
+        if attn_mask.device != q.device:
+            raise ValueError(_message("attn_mask", f"q's device, {q.device}", f"{attn_mask.device}"))
+    if seqused_k is not None:
+        if not isinstance(seqused_k, Tensor):
+            raise TypeError(_message("seqused_k", "a torch.Tensor", type(seqused_k).__name__))
+        if seqused_k.dtype != torch.int32 or tuple(seqused_k.shape) != (q.shape[b],):
+            got = f"{seqused_k.dtype} {list(seqused_k.shape)}"
+            raise ValueError(_message("seqused_k", f"int32 [{q.shape[b]}]", got))
+        if seqused_k.device != q.device:
+            raise ValueError(_message("seqused_k", f"q's device, {q.device}", f"{seqused_k.device}"))
 
 
 def default_scale(q: Tensor, scale: float | None) -> float:

@@ -7,12 +7,13 @@ log-sum-exp, an empty tensor where none was asked for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashcore.launch import cpu
+from flashcore.launch import cpu, launcher
 from flashcore.launch.arguments import Options, check, check_overlap, default_scale, lse_shape, output_shape
 
 _OPTIONS = (
@@ -29,15 +30,20 @@ attention_out = torch.ops.flashcore.attention_out.default
 
 
 def _cuda(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    from flashcore.launch import launcher
-
-    return launcher.forward(q, k, v, None, Options(**options))
+    o = Options(**options)
+    return _both(launcher.prepare(q, k, v, None, o)(q, k, v, None), q)
 
 
 def _cuda_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor, **options: Any) -> Tensor:
-    from flashcore.launch import launcher
+    o = Options(**options)
+    return _both(launcher.prepare(q, k, v, out, o)(q, k, v, out), q)[1]
 
-    return launcher.forward(q, k, v, out, Options(**options))[1]
+
+def _both(result: launcher.Result, q: Tensor) -> tuple[Tensor, Tensor]:
+    if isinstance(result, tuple):
+        return result
+    assert result is not None  # the runner was made for these very tensors
+    return result, torch.empty(0, dtype=torch.float32, device=q.device)
 
 
 def _cpu(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -134,6 +140,34 @@ def _heads_first(tensor: Tensor, bshd: bool) -> Tensor:
 
 def _restore(gradient: Tensor, of: Tensor, bshd: bool) -> Tensor:
     return _heads_first(gradient, bshd).to(of.dtype)
+
+
+class Differentiable(torch.autograd.Function):
+    """attention() of inputs that require grad, in eager mode and under functorch.
+
+    The operator has the same gradients registered, but takes longer to get there and functorch can't
+    differentiate it.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, options: Options, run: Callable[..., Any] | None) -> Any:
+        result = None if run is None else run(q, k, v, None)
+        if result is None:
+            out, lse = attention(q, k, v, **options._asdict())
+            result = (out, lse) if options.return_lse else out
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.options = inputs[3]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        return (*_backward(ctx, grad_out, grad_lse), None, None)
 
 
 # -- functorch --------------------------------------------------------------------------------------------------
