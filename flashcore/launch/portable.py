@@ -13,6 +13,7 @@ from flashcore.kernels.portable.attention import attention_forward
 from flashcore.launch.binding import Binding, Pointer, Scalar
 
 _LOG2E = 1.4426950408889634
+SPLIT = "split"  # Config.schedule: masked tiles in a loop of their own
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -43,7 +44,7 @@ def bind(problem: Problem, config: Config, scale: float) -> Binding:
     constexprs |= {
         "HEAD_DIM": p.head_dim, "HEAD_DIM_V": p.head_dim_v, "GROUP": p.group, "CAUSAL": p.is_causal,
         "EVEN_M": p.seqlen_q % config.block_m == 0, "EVEN_N": p.seqlen_k % config.block_n == 0,
-        "STRIDE_UNIT": unit, "NEGATE_Q": scale < 0,
+        "STRIDE_UNIT": unit, "SPLIT": config.schedule == SPLIT, "NEGATE_Q": scale < 0,
         "EMULATED": p.dtype == torch.bfloat16 and isinstance(attention_forward, InterpretedFunction),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_D": block_of(p.head_dim), "BLOCK_DV": block_of(p.head_dim_v),

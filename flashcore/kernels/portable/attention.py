@@ -18,6 +18,8 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 LN2 = tl.constexpr(0.6931471805599453)
 
+NONE, FROM_WHOLE, EVERY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
 
 @triton.jit
 def load_rows(base, first, rows, stride, cols, n_rows, DIM: tl.constexpr, BLOCK: tl.constexpr, MASK_ROWS: tl.constexpr):
@@ -74,22 +76,30 @@ def softmax_tile(scores, qk_scale, row_max, row_sum):
 
 
 @triton.jit
-def attend_tile(
-    acc, row_max, row_sum, q_tile, k, v, stride_kn, stride_vn, qk_scale, rows, start_n, seqlen_k, last_key,
+def attend(
+    acc, row_max, row_sum, begin, end, whole,
+    q_tile, k, v, stride_kn, stride_vn, qk_scale, rows, seqlen_k, last_key,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, CAUSAL: tl.constexpr, EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     EMULATED: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Adds keys start_n .. start_n + BLOCK_N to the rows' state; EDGE tiles are the ones that need a mask."""
+    """Adds keys begin .. end to the rows' state (acc, row_max, row_sum), BLOCK_N at a time.
+
+    EDGE: which of these tiles hold a key that some row must not see: NONE, EVERY, or those FROM_WHOLE on.
+    """
     keys = tl.arange(0, BLOCK_N)
-    BOUND: tl.constexpr = EDGE and not EVEN_N
-    k_tile = load_rows(k, start_n, keys, stride_kn, tl.arange(0, BLOCK_D), seqlen_k, HEAD_DIM, BLOCK_D, BOUND)
-    scores = multiply(q_tile, k_tile.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), EMULATED)
-    if EDGE:
-        scores = hide(scores, rows, start_n + keys, seqlen_k, last_key, CAUSAL)
-    weights, rescale, row_max, row_sum = softmax_tile(scores, qk_scale, row_max, row_sum)
-    v_tile = load_rows(v, start_n, keys, stride_vn, tl.arange(0, BLOCK_DV), seqlen_k, HEAD_DIM_V, BLOCK_DV, BOUND)
-    acc = multiply(narrow(weights, v_tile.dtype, EMULATED), v_tile, acc * rescale[:, None], EMULATED)
+    BOUND: tl.constexpr = EDGE != NONE and not EVEN_N
+    for start_n in tl.range(begin, end, BLOCK_N):
+        k_tile = load_rows(k, start_n, keys, stride_kn, tl.arange(0, BLOCK_D), seqlen_k, HEAD_DIM, BLOCK_D, BOUND)
+        scores = multiply(q_tile, k_tile.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), EMULATED)
+        if EDGE == EVERY:
+            scores = hide(scores, rows, start_n + keys, seqlen_k, last_key, CAUSAL)
+        elif EDGE == FROM_WHOLE:
+            if start_n >= whole:
+                scores = hide(scores, rows, start_n + keys, seqlen_k, last_key, CAUSAL)
+        weights, rescale, row_max, row_sum = softmax_tile(scores, qk_scale, row_max, row_sum)
+        v_tile = load_rows(v, start_n, keys, stride_vn, tl.arange(0, BLOCK_DV), seqlen_k, HEAD_DIM_V, BLOCK_DV, BOUND)
+        acc = multiply(narrow(weights, v_tile.dtype, EMULATED), v_tile, acc * rescale[:, None], EMULATED)
     return acc, row_max, row_sum
 
 
@@ -103,7 +113,7 @@ def attention_forward(
     seqlen_q, seqlen_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, STRIDE_UNIT: tl.constexpr,
-    NEGATE_Q: tl.constexpr, EMULATED: tl.constexpr,
+    SPLIT: tl.constexpr, NEGATE_Q: tl.constexpr, EMULATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M query rows of one head.
@@ -117,6 +127,9 @@ def attention_forward(
         16 bytes in the compiler's eyes, which one 16-byte load per thread needs, whatever the head size.
     EVEN_M, EVEN_N: the tiles divide Sq, Sk.
     GROUP: query heads per key/value head.
+    SPLIT: tiles that need a mask have a loop of their own. One loop with a uniform branch around the mask is half
+        the code and keeps loads in flight up to the last tile, but Triton sees a chain of two mma.sync products
+        (sm_80, sm_89) only without that branch, and would carry the weights through shared memory.
     EMULATED: bf16 in Triton's interpreter.
     """
     # The longest rows of a causal problem start first, so that the last wave is made of the shortest.
@@ -138,7 +151,8 @@ def attention_forward(
 
     block_rows = tl.arange(0, BLOCK_M)
     rows = start_m + block_rows
-    q_tile = load_rows(q, start_m, block_rows, stride_qm, tl.arange(0, BLOCK_D), seqlen_q, HEAD_DIM, BLOCK_D, not EVEN_M)
+    cols = tl.arange(0, BLOCK_D)
+    q_tile = load_rows(q, start_m, block_rows, stride_qm, cols, seqlen_q, HEAD_DIM, BLOCK_D, not EVEN_M)
     if NEGATE_Q:
         q_tile = (-q_tile.to(tl.float32)).to(q_tile.dtype)
 
@@ -153,22 +167,30 @@ def attention_forward(
     if CAUSAL:
         end = tl.minimum(seqlen_k, tl.maximum(0, start_m + BLOCK_M + last_key))
         whole = tl.minimum(seqlen_k, tl.maximum(0, start_m + 1 + last_key))
-    if CAUSAL or not EVEN_N:
+    MASKED: tl.constexpr = CAUSAL or not EVEN_N
+    if MASKED:
         whole = whole // BLOCK_N * BLOCK_N
-    for start_n in tl.range(0, whole, BLOCK_N):
-        acc, row_max, row_sum = attend_tile(
-            acc, row_max, row_sum, q_tile, k, v, stride_kn, stride_vn, qk_scale, rows, start_n, seqlen_k, last_key,
-            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EMULATED, EDGE=False,
+    if MASKED and SPLIT:
+        acc, row_max, row_sum = attend(
+            acc, row_max, row_sum, 0, whole, whole,
+            q_tile, k, v, stride_kn, stride_vn, qk_scale, rows, seqlen_k, last_key,
+            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EMULATED, NONE,
         )  # fmt: skip
-    if CAUSAL or not EVEN_N:
-        for start_n in tl.range(whole, end, BLOCK_N):
-            acc, row_max, row_sum = attend_tile(
-                acc, row_max, row_sum, q_tile, k, v, stride_kn, stride_vn, qk_scale, rows, start_n, seqlen_k, last_key,
-                HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EMULATED, EDGE=True,
-            )  # fmt: skip
+        acc, row_max, row_sum = attend(
+            acc, row_max, row_sum, whole, end, whole,
+            q_tile, k, v, stride_kn, stride_vn, qk_scale, rows, seqlen_k, last_key,
+            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EMULATED, EVERY,
+        )  # fmt: skip
+    else:
+        acc, row_max, row_sum = attend(
+            acc, row_max, row_sum, 0, end, whole,
+            q_tile, k, v, stride_kn, stride_vn, qk_scale, rows, seqlen_k, last_key,
+            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EMULATED, FROM_WHOLE if MASKED else NONE,
+        )  # fmt: skip
 
     saw_nothing = row_sum == 0
-    result = acc * tl.where(saw_nothing, 0.0, 1.0 / row_sum)[:, None]
+    row_sum = tl.where(saw_nothing, 1.0, row_sum)
+    result = acc * (1.0 / row_sum)[:, None]
     if CAUSAL:  # a row above the first key shares its tile with rows that do attend: 0 * NaN of their v is not 0
         result = tl.where(saw_nothing[:, None], 0.0, result)
     cols = tl.arange(0, BLOCK_DV)
@@ -182,6 +204,6 @@ def attention_forward(
     else:
         tl.store(out, result, mask=inside)
     if lse is not None:
-        log_sum = (row_max + tl.math.log2(row_sum)) * LN2  # log2(0) = -inf: a row that saw nothing
+        log_sum = tl.where(saw_nothing, NEGATIVE_INFINITY, (row_max + tl.math.log2(row_sum)) * LN2)
         first = (batch.to(tl.int64) * heads + head) * seqlen_q
         tl.store(lse + first + rows, log_sum, mask=rows < seqlen_q)
