@@ -1,0 +1,140 @@
+"""Contestants on one shape: prepared, held against the error gate, then timed together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcore.benchmark import results
+from flashcore.benchmark.peers import NotServedError, Peer, Prepared
+from flashcore.benchmark.shapes import SEED, Shape
+from flashcore.benchmark.terminal import kind_of
+from flashcore.measure import clocks, machine, statistics
+from flashcore.testing import gates
+
+REPLAYS = 30
+ATTEMPTS = 3  # to time what is left after a contestant failed while it was timed
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Whether a contestant may be timed, and why not.
+
+    status: "ok", "missing" (not installed), "refused" (doesn't serve the shape), "wrong" (failed the error gate),
+    "failed" (raised). `errors` are the gate's figures: name -> value and limit.
+    """
+
+    status: str
+    reason: str
+    errors: dict[str, dict[str, float]]
+    prepared: Prepared | None = None
+
+    def as_json(self, peer: Peer) -> dict[str, Any]:
+        return {
+            "status": self.status,
+            "reason": self.reason,
+            "version": machine.installed(peer.distribution),
+            "errors": self.errors,
+        }
+
+
+def admit(peer: Peer, shape: Shape, inputs: Inputs) -> Admission:
+    """Prepare a contestant and hold its output against the gates.
+
+    Raises:
+        torch.AcceleratorError or RuntimeError: the CUDA context is lost; nothing in this process can be timed any more.
+    """
+    q, k, v = inputs
+    try:
+        prepared = peer.prepare(shape, q, k, v)
+        poison(q)
+        with prepared.context():
+            out = prepared.output(prepared.call())
+        verdict = gates.check(out, q, k, v, is_causal=shape.is_causal)
+    except ImportError as missing:
+        return Admission("missing", peer.install or str(missing), {})
+    except (NotServedError, NotImplementedError) as refusal:
+        return Admission("refused", kind_of(refusal), {})
+    except Exception as error:
+        _require_context()
+        return Admission("failed", kind_of(error), {})
+    errors = {figure.name: {"value": figure.value, "limit": figure.limit} for figure in verdict.figures}
+    if not verdict.passed:
+        return Admission("wrong", verdict.failures, errors)
+    return Admission("ok", "", errors, prepared)
+
+
+def _require_context() -> None:
+    """Raises again where an error was one of the GPU's: those are final for the whole process."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def poison(like: Tensor) -> None:
+    """Leave NaN in the memory that the next allocations of this size get: an output not wholly written then shows."""
+    held = [torch.full_like(like, float("nan")) for _ in range(4)]
+    held.clear()
+
+
+def gpu_clock(
+    peers: Mapping[str, Peer],
+    shape: Shape,
+    *,
+    cold: bool,
+    l2_bytes: int,
+    replays: int = REPLAYS,
+    watch: Callable[[str], object] = lambda name: None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Time admitted peers against each other. Returns (name -> timing, name -> why it could not be timed).
+
+    A peer that fails meanwhile is left out and the others are timed again. One that loses the CUDA context raises.
+    """
+    sets = clocks.sets_for_cold(shape.input_bytes, l2_bytes) if cold else 1
+    inputs = [shape.inputs(seed=SEED + i) for i in range(sets)]
+    failed: dict[str, str] = {}
+    at = ""
+
+    def heard(name: str) -> None:
+        nonlocal at
+        at = name
+        watch(name)
+
+    for _ in range(ATTEMPTS):
+        contestants: dict[str, clocks.Contestant] = {}
+        try:
+            for name, peer in peers.items():
+                if name not in failed:
+                    heard(name)
+                    contestants[name] = _contestant([peer.prepare(shape, *each) for each in inputs])
+            if not contestants:
+                break
+            times, counts = clocks.gpu_times(contestants, replays=replays, watch=heard)
+        except Exception as error:
+            _require_context()
+            failed[at] = kind_of(error)
+            continue
+        return {name: results.timing(rounds, calls=counts[name], sets=sets) for name, rounds in times.items()}, failed
+    return {}, failed
+
+
+def call_clock(
+    admitted: Mapping[str, Prepared], *, trials: int, warmup: int, progress: Callable[[int], object] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Time admitted contestants on the call clock. Returns name -> latency."""
+    contestants = {name: _contestant([prepared]) for name, prepared in admitted.items()}
+    times = clocks.call_times(contestants, trials=trials, warmup=warmup, progress=progress)
+    timed = {}
+    for name, values in times.items():
+        interval = statistics.median_interval(values)
+        timed[name] = results.latency(statistics.summarize(values), interval.low, interval.high)
+    return timed
+
+
+def _contestant(prepared: Sequence[Prepared]) -> clocks.Contestant:
+    return clocks.Contestant([each.call for each in prepared], prepared[0].context)

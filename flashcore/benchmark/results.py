@@ -1,0 +1,94 @@
+"""The files in results/: one JSON a run. results/README.md describes their fields."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flashcore.measure.statistics import Summary, median_interval
+
+SCHEMA = 1
+ROOT = Path(__file__).resolve().parents[2]  # of a checkout; results/ and docs/ are beside the package
+FOLDER = ROOT / "results"
+
+
+def timing(values: Sequence[float], **more: Any) -> dict[str, Any]:
+    """One contestant's rounds on the gpu or host clock: the median (µs), its 95% interval, and every round."""
+    found = median_interval(values)
+    return {"us": found.value, "low": found.low, "high": found.high, **more, "rounds": list(values)}
+
+
+def latency(summary: Summary, low: float | None, high: float | None) -> dict[str, Any]:
+    """One contestant's trials on the call clock (µs), with the interval of the median."""
+    return {**asdict(summary), "p50_low": low, "p50_high": high}
+
+
+def slug(gpu: str | None) -> str:
+    """A GPU's name as file names have it: "NVIDIA H100 80GB HBM3" is h100."""
+    if gpu is None:
+        return "no-gpu"
+    words = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-").split("-")
+    return next((w for w in words if re.fullmatch(r"[a-z]+\d+[a-z]*", w)), "-".join(words))
+
+
+def default_path(kind: str, environment: dict[str, Any]) -> Path:
+    """results/<kind>-<gpu>-<date>.json; a second run of the same day replaces the first."""
+    return FOLDER / f"{kind}-{slug(environment['gpu'])}-{environment['recorded'][:10]}.json"
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Write a record, whole or not at all. Numbers keep six significant digits."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(_rounded({"schema": SCHEMA, **record}), indent=1, allow_nan=False)
+    # one number a line makes a hundred thousand lines of a few lists of rounds
+    text = re.sub(r"\[[\s\d.,e+-]+\]", lambda m: " ".join(m[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(handle, "w") as file:
+        file.write(text + "\n")
+    os.chmod(name, 0o644)
+    os.replace(name, path)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(item) for item in value]
+    return value
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A record of this schema.
+
+    Raises:
+        ValueError: another schema, or no record at all.
+    """
+    record = json.loads(path.read_text())
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise ValueError(f"{path.name}: expected a record of schema {SCHEMA}")
+    return record
+
+
+def newest(folder: Path, kind: str, **fields: Any) -> dict[str, dict[str, Any]]:
+    """GPU -> the newest complete record of this kind whose top-level fields have these values."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.json")):
+        record = read(path)
+        gpu = record["environment"]["gpu"]
+        fits = record["kind"] == kind and record.get("complete", True) and gpu is not None
+        if fits and all(record.get(name) == value for name, value in fields.items()):
+            before = found.get(gpu)
+            if before is None or before["environment"]["recorded"] <= record["environment"]["recorded"]:
+                found[gpu] = {**record, "file": path.name}
+    return found
