@@ -13,7 +13,7 @@ from flashcore.kernels.portable.attention import attention_forward
 from flashcore.launch.binding import Binding, Pointer, Scalar
 
 _LOG2E = 1.4426950408889634
-SPLIT = "split"  # Config.schedule: masked tiles in a loop of their own
+_MAX_GRID_Z = 65_535
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -37,20 +37,23 @@ def bind(problem: Problem, config: Config, scale: float) -> Binding:
         args[f"stride_{name}b"] = Scalar("i64", batch // unit)
         args[f"stride_{name}h"] = Scalar("i64", head // unit)
         args[f"stride_{name}{axis}"] = Scalar("i32" if tile * abs(row) + 256 < 2**31 else "i64", row // unit)
+    args["heads"] = Scalar("i32", p.heads_q)
     args["seqlen_q"] = Scalar("i32", p.seqlen_q)
     args["seqlen_k"] = Scalar("i32", p.seqlen_k)
 
+    fold = p.batch > _MAX_GRID_Z
     constexprs: dict[str, Any] = {} if p.return_lse else {"lse": None}
     constexprs |= {
         "HEAD_DIM": p.head_dim, "HEAD_DIM_V": p.head_dim_v, "GROUP": p.group, "CAUSAL": p.is_causal,
         "EVEN_M": p.seqlen_q % config.block_m == 0, "EVEN_N": p.seqlen_k % config.block_n == 0,
-        "STRIDE_UNIT": unit, "SPLIT": config.schedule == SPLIT, "NEGATE_Q": scale < 0,
+        "STRIDE_UNIT": unit, "FOLD_BATCH": fold, "SPLIT": config.schedule == "split", "NEGATE_Q": scale < 0,
         "EMULATED": p.dtype == torch.bfloat16 and isinstance(attention_forward, InterpretedFunction),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_D": block_of(p.head_dim), "BLOCK_DV": block_of(p.head_dim_v),
     }  # fmt: skip
     tiles = -(-p.seqlen_q // config.block_m)
-    grid = (p.heads_q, tiles, p.batch) if p.is_causal else (tiles, p.heads_q, p.batch)
+    fast, slow = (p.heads_q, tiles) if p.is_causal else (tiles, p.heads_q)
+    grid = (fast * p.batch, slow, 1) if fold else (fast, slow, p.batch)
     # enable_fp_fusion: one FFMA for scale and maximum per score; its default is off from Triton 3.10 on.
     options: dict[str, Any] = {
         "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True

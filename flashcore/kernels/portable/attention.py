@@ -110,10 +110,10 @@ def attention_forward(
     stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_om,
-    seqlen_q, seqlen_k,
+    heads, seqlen_q, seqlen_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, STRIDE_UNIT: tl.constexpr,
-    SPLIT: tl.constexpr, NEGATE_Q: tl.constexpr, EMULATED: tl.constexpr,
+    FOLD_BATCH: tl.constexpr, SPLIT: tl.constexpr, NEGATE_Q: tl.constexpr, EMULATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M query rows of one head.
@@ -127,19 +127,23 @@ def attention_forward(
         16 bytes in the compiler's eyes, which one 16-byte load per thread needs, whatever the head size.
     EVEN_M, EVEN_N: the tiles divide Sq, Sk.
     GROUP: query heads per key/value head.
+    FOLD_BATCH: the batch, too large for the grid's third dimension, is folded into the first.
     SPLIT: tiles that need a mask have a loop of their own. One loop with a uniform branch around the mask is half
         the code and keeps loads in flight up to the last tile, but Triton sees a chain of two mma.sync products
         (sm_80, sm_89) only without that branch, and would carry the weights through shared memory.
     EMULATED: bf16 in Triton's interpreter.
     """
-    # The longest rows of a causal problem start first, so that the last wave is made of the shortest.
-    if CAUSAL:
-        head, start_m = tl.program_id(0), (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
-        heads = tl.num_programs(0)
-    else:
-        start_m, head = tl.program_id(0) * BLOCK_M, tl.program_id(1)
-        heads = tl.num_programs(1)
+    # Neighbouring blocks share K and V: tiles of one head first. Causal, the longest rows of all heads start first,
+    # so that the last wave is made of the shortest.
+    fast, slow = tl.program_id(0), tl.program_id(1)
     batch = tl.program_id(2)
+    if FOLD_BATCH:
+        extent = heads if CAUSAL else tl.cdiv(seqlen_q, BLOCK_M)
+        fast, batch = fast % extent, fast // extent
+    if CAUSAL:
+        head, start_m = fast, (tl.num_programs(1) - 1 - slow) * BLOCK_M
+    else:
+        head, start_m = slow, fast * BLOCK_M
     stride_qm *= STRIDE_UNIT
     stride_kn *= STRIDE_UNIT
     stride_vn *= STRIDE_UNIT
@@ -182,10 +186,11 @@ def attention_forward(
             HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EMULATED, EVERY,
         )  # fmt: skip
     else:
+        EDGE: tl.constexpr = FROM_WHOLE if MASKED else NONE
         acc, row_max, row_sum = attend(
             acc, row_max, row_sum, 0, end, whole,
             q_tile, k, v, stride_kn, stride_vn, qk_scale, rows, seqlen_k, last_key,
-            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EMULATED, FROM_WHOLE if MASKED else NONE,
+            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EMULATED, EDGE,
         )  # fmt: skip
 
     saw_nothing = row_sum == 0

@@ -1,0 +1,48 @@
+"""Which problems each kernel serves, as the reasons why it can't serve the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from flashcore.core.problem import Problem
+from flashcore.core.target import Target
+
+MAX_HEAD_DIM = 256
+MAX_GRID_YZ = 65_535  # CUDA's limit for the second and third dimension of a grid
+MAX_LENGTH = 2**31 - 2**16  # positions are counted in 32 bits, and a tile may reach past the end
+
+
+def reasons(kernel: str, problem: Problem, target: Target) -> tuple[str, ...]:
+    """Why `kernel` can't serve `problem` on `target`: every reason, none when it can.
+
+    Raises:
+        ValueError: there is no kernel of this name.
+    """
+    if kernel not in _REASONS:
+        raise ValueError(f"kernel: expected one of {', '.join(map(repr, _REASONS))}, got {kernel!r}")
+    return tuple(_REASONS[kernel](problem, target))
+
+
+def _portable(p: Problem, target: Target) -> list[str]:
+    why: list[str] = []
+    if target.arch < 80:
+        major, minor = target.capability
+        why.append(f"it needs a GPU of compute capability 8.0 or newer, {target.name} has {major}.{minor}")
+    if p.dtype not in (torch.float16, torch.bfloat16):
+        why.append(f"it computes float16 and bfloat16, not {str(p.dtype).removeprefix('torch.')}")
+    for name, dim in (("q and k", p.head_dim), ("v", p.head_dim_v)):
+        if dim % 8 or not 8 <= dim <= MAX_HEAD_DIM:
+            why.append(f"the head dimension of {name} is {dim}, not a multiple of 8 from 8 to {MAX_HEAD_DIM}")
+    if p.heads_q > MAX_GRID_YZ:
+        why.append(f"it computes at most {MAX_GRID_YZ:,} heads, not {p.heads_q:,}")
+    longest = MAX_GRID_YZ * 16 if p.is_causal else MAX_LENGTH  # causal tiles are counted in a grid's second dimension
+    if p.seqlen_q > longest:
+        why.append(f"it computes at most {longest:,} query rows a sequence here, not {p.seqlen_q:,}")
+    if p.seqlen_k > MAX_LENGTH:
+        why.append(f"it reads at most {MAX_LENGTH:,} keys a sequence, not {p.seqlen_k:,}")
+    return why
+
+
+_REASONS: dict[str, Callable[[Problem, Target], list[str]]] = {"portable": _portable}

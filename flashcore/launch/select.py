@@ -1,0 +1,206 @@
+"""Which kernel and tile compute a problem: a pure function of the problem, the GPU and the shipped tuning table.
+
+The allow-list below holds every configuration that FlashCore ever runs. Each was compiled for its architecture with
+no register spilled; a tuning table and the caller's block sizes only point into it.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+
+import torch
+
+from flashcore.core.config import Config
+from flashcore.core.errors import UnsupportedError
+from flashcore.core.problem import Problem
+from flashcore.core.target import Target
+from flashcore.launch.capability import reasons
+from flashcore.tuning import lookup
+
+# (block_m, block_n, num_warps, num_stages) by the padded head dimension.
+# wgmma takes 64 rows a warpgroup, its operands come from shared memory: 4 warps for 64 rows, 8 for 128.
+# Fewer than 64 rows run on mma.sync, also on Hopper.
+_Tiles = dict[int, tuple[tuple[int, int, int, int], ...]]
+_PORTABLE_SM90: _Tiles = {
+    32: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 128, 4, 2), (64, 128, 4, 3), (64, 256, 4, 2),
+         (128, 64, 8, 2), (128, 128, 8, 2), (32, 64, 4, 2), (32, 64, 2, 2), (32, 32, 2, 2), (16, 64, 4, 2)),
+    64: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (64, 128, 4, 2), (64, 128, 4, 3),
+         (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (32, 64, 4, 2), (32, 32, 2, 2), (32, 128, 4, 2),
+         (16, 64, 4, 2), (16, 128, 4, 2)),
+    128: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (64, 128, 8, 2), (128, 64, 8, 2),
+          (128, 64, 8, 3), (128, 128, 8, 2), (32, 64, 4, 2), (32, 32, 2, 2), (16, 64, 4, 2)),
+    256: ((64, 32, 8, 2), (64, 64, 8, 2), (64, 16, 4, 2), (128, 32, 8, 2), (32, 64, 8, 2), (32, 32, 4, 2),
+          (16, 32, 4, 2)),
+}  # fmt: skip
+# mma.sync reads its accumulators and weights from registers, 16 rows a warp: what fits is smaller. Triton keeps the
+# weights of a chain of products in registers only where a tile has at least as many rows as columns.
+_PORTABLE_SM80: _Tiles = {
+    32: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (128, 32, 4, 2), (128, 64, 8, 2),
+         (128, 128, 8, 2), (32, 64, 4, 2), (32, 32, 2, 2), (16, 64, 4, 2)),
+    64: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (64, 128, 8, 2), (128, 32, 8, 2),
+         (128, 64, 8, 2), (128, 64, 8, 3), (32, 64, 4, 2), (32, 32, 2, 2), (16, 64, 4, 2)),
+    128: ((64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 8, 2), (64, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 3),
+          (32, 64, 4, 2), (32, 32, 4, 2)),
+    256: ((64, 32, 8, 2), (64, 32, 8, 3), (32, 64, 8, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
+}  # fmt: skip
+
+
+def _portable(problem: Problem, target: Target) -> tuple[Config, ...]:
+    """The portable kernel's configurations for this head dimension that fit the GPU's shared memory."""
+    if target.arch >= 90:
+        tiles, schedule = _PORTABLE_SM90, ""
+    else:
+        tiles, schedule = _PORTABLE_SM80, "split"
+    dim = max(problem.head_dim, problem.head_dim_v)
+    fitting = next(tiles[padded] for padded in tiles if dim <= padded)
+    configs = (Config("portable", *tile, schedule) for tile in fitting)
+    return tuple(c for c in configs if portable_smem(problem, c, target) <= target.smem_per_block)
+
+
+def portable_smem(problem: Problem, config: Config, target: Target) -> int:
+    """Bytes of shared memory that the portable kernel asks for at most: what its compiler does, counted."""
+    d, dv = (max(16, 1 << (dim - 1).bit_length()) for dim in (problem.head_dim, problem.head_dim_v))
+    wgmma = target.arch >= 90 and config.block_m >= 64
+    # A wgmma may still read the tile before the one being computed; mma.sync has it in registers by then.
+    tiles = config.num_stages if wgmma else config.num_stages - 1
+    rows = config.block_m * max(d, dv)  # q first, the output last
+    weights = 0 if wgmma and config.num_warps * 16 == config.block_m else config.block_m * config.block_n
+    reduction = 4 * config.block_m * config.num_warps  # row maxima and sums of warps that share rows
+    return 2 * (rows + tiles * config.block_n * (d + dv) + weights) + reduction
+
+
+# Kernel -> its allow-list for a problem and a GPU; in the order in which they are preferred where no row decides.
+_CONFIGS: dict[str, Callable[[Problem, Target], tuple[Config, ...]]] = {"portable": _portable}
+KERNELS: tuple[str, ...] = tuple(_CONFIGS)
+
+
+def select(
+    problem: Problem,
+    target: Target,
+    *,
+    backend: str | None = None,
+    block_m: int | None = None,
+    block_n: int | None = None,
+) -> Config:
+    """The configuration that computes `problem` on `target`.
+
+    A row of the tuning table decides where one speaks for the problem (`tuning.lookup.nearest`), a rule elsewhere.
+
+    Args:
+        backend: a kernel by name, which then serves or raises; None = any.
+        block_m, block_n: only tiles of these sizes; None = any.
+
+    Raises:
+        UnsupportedError: no kernel, or not the one asked for, serves the problem; with each one's reasons.
+        ValueError: an unknown backend, or block sizes that no kernel has for this problem; says which exist.
+    """
+    if backend == "reference":
+        return Config("reference", 0, 0, 0, 0)
+    if backend is not None and backend not in KERNELS:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, (*KERNELS, 'reference')))}, got {backend!r}")
+    allowed = _allowed(problem, target, KERNELS if backend is None else (backend,))
+    chosen = [c for c in allowed if block_m in (None, c.block_m) and block_n in (None, c.block_n)]
+    if not chosen:
+        tiles = ", ".join(f"{m}x{n}" for m, n in sorted({(c.block_m, c.block_n) for c in allowed}))
+        asked = " x ".join("any" if size is None else str(size) for size in (block_m, block_n))
+        raise ValueError(f"block_m, block_n: expected one of {tiles} for this problem on {target.name}, got {asked}")
+    row = lookup.nearest(problem, _rows(target))
+    if row is not None and row.config in chosen:
+        return row.config
+    return _by_rule(problem, target, chosen)
+
+
+def candidates(problem: Problem, target: Target) -> tuple[Config, ...]:
+    """Every configuration that can compute `problem` on `target`: what a tuning run measures, one by one.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    return _allowed(problem, target, KERNELS)
+
+
+def _allowed(problem: Problem, target: Target, kernels: Sequence[str]) -> tuple[Config, ...]:
+    why = {kernel: reasons(kernel, problem, target) for kernel in kernels}
+    found = tuple(c for kernel in kernels if not why[kernel] for c in _CONFIGS[kernel](problem, target))
+    if not found:
+        small = (f"no tile fits the {target.smem_per_block} bytes of shared memory of a block on {target.name}",)
+        raise UnsupportedError("no kernel computes this attention problem", {k: r or small for k, r in why.items()})
+    return found
+
+
+@lru_cache(maxsize=None)
+def _rows(target: Target) -> tuple[lookup.Row, ...]:
+    """The tuning table's rows for this architecture whose configuration is on the allow-list."""
+    rows = lookup.table(target.arch)
+    known = {c for dim in (32, 64, 128, 256) for k in KERNELS for c in _CONFIGS[k](_problem(head_dim=dim), target)}
+    unknown = [row.config for row in rows if row.config not in known]
+    if unknown:
+        warnings.warn(
+            f"tuning table for sm_{target.arch}: {len(unknown)} rows name a configuration that is not on the"
+            f" allow-list and are not used, the first is {unknown[0]}", RuntimeWarning, stacklevel=2
+        )  # fmt: skip
+    return tuple(row for row in rows if row.config in known)
+
+
+def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
+    """The configuration whose tile is nearest to what the shape asks for; the first in the list among equals.
+
+    Rows: 64, the most that 4 warps hold without sharing rows, so that several blocks share an SM and hide each
+    other's loads. 128 where that still leaves two blocks for every SM: K and V then pass L2 half as often. Less
+    where 64 leave SMs idle, or where there are no more query rows.
+    Keys: 64, so that one row's scores and the accumulator fit in registers; 32 at head dimensions above 128.
+    """
+    heads = p.batch * p.heads_q
+
+    def blocks(rows: int) -> int:
+        return -(-p.seqlen_q // rows) * heads
+
+    rows = 64
+    if p.seqlen_q >= 256 and blocks(128) >= 2 * target.sms and target.arch < 90:
+        rows = 128
+    while rows > 16 and (blocks(rows) < target.sms or rows >= 2 * p.seqlen_q):
+        rows //= 2
+    keys = 64 if max(p.head_dim, p.head_dim_v) <= 128 else 32
+
+    def far(config: Config) -> tuple[float, float]:
+        return abs(math.log2(config.block_m / rows)), abs(math.log2(config.block_n / keys))
+
+    return min(configs, key=far)
+
+
+def shipped(target: Target) -> Iterator[tuple[Problem, Config]]:
+    """Every variant that is compiled before a release, for this GPU.
+
+    Each configuration of the allow-list with what makes the largest code (causal, lengths that no tile divides,
+    lse), and what `select` answers for plain and GQA problems of both dtypes.
+    """
+    seen: set[tuple[Problem, Config]] = set()
+    for dim in (32, 64, 128, 256):
+        hardest = _problem(head_dim=dim, seqlen=197, is_causal=True, return_lse=True)
+        seen.update((hardest, config) for config in candidates(hardest, target))
+    for dtype in (torch.float16, torch.bfloat16):
+        for dim in (16, 32, 64, 80, 96, 128, 192, 256):
+            for seqlen in (128, 197, 512):
+                for is_causal in (False, True):
+                    problem = _problem(dtype, head_dim=dim, seqlen=seqlen, is_causal=is_causal)
+                    seen.add((problem, select(problem, target)))
+    yield from sorted(seen, key=repr)
+
+
+def _problem(
+    dtype: torch.dtype = torch.float16,
+    *,
+    head_dim: int = 64,
+    seqlen: int = 128,
+    is_causal: bool = False,
+    return_lse: bool = False,
+) -> Problem:
+    """Eight heads in a batch of eight, contiguous."""
+    strides = (8 * seqlen * head_dim, seqlen * head_dim, head_dim)
+    return Problem(
+        dtype, 8, 8, 8, seqlen, seqlen, head_dim, head_dim, strides, strides, strides, strides,
+        is_causal=is_causal, return_lse=return_lse,
+    )  # fmt: skip

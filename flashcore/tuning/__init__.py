@@ -1,0 +1,1 @@
+"""Measured best configurations, one table an architecture."""

@@ -1,0 +1,184 @@
+"""Tuning tables: which configuration was measured fastest for which problem.
+
+A table is data, flashcore/tuning/tables/sm<arch>.json, that `flashcore tune` writes and a reviewer reads in a diff,
+one row a line. Reading is strict, and nothing in a table is run: a row only points at a configuration, and the caller
+takes it only if its own allow-list holds the same one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from flashcore.core.config import Config
+from flashcore.core.problem import Problem
+
+TABLES = Path(__file__).parent / "tables"
+FORMAT = 1
+MAX_BYTES = 1 << 20  # a table of some hundred rows has about 100 KB
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# From so many heads in a batch on, every GPU has several waves of tiles, and more of them change no choice.
+MANY_HEADS = 512
+# A row speaks for problems within this factor of its lengths and its heads.
+REACH = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A problem, as far as the choice of a tile depends on it, and the configuration that won there.
+
+    Where nothing was measured yet, `us` is None and `provenance` says where the configuration comes from.
+    """
+
+    dtype: str  # "float16", "bfloat16"
+    head_dim: int
+    seqlen_q: int
+    seqlen_k: int
+    heads: int  # batch * query heads
+    is_causal: bool
+    kernel: str
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    schedule: str
+    maxnreg: int | None
+    us: float | None  # gpu warm, microseconds
+    machine: str  # the GPU's name
+    commit: str  # of FlashCore
+    provenance: str  # "" for a measured row
+
+    @property
+    def config(self) -> Config:
+        return Config(
+            self.kernel, self.block_m, self.block_n, self.num_warps, self.num_stages, self.schedule, self.maxnreg
+        )  # fmt: skip
+
+
+def row(problem: Problem, config: Config, us: float, machine: str, commit: str) -> Row:
+    """The row that records that `config` won `problem` with `us` microseconds."""
+    return Row(
+        str(problem.dtype).removeprefix("torch."), problem.head_dim, problem.seqlen_q, problem.seqlen_k,
+        problem.batch * problem.heads_q, problem.is_causal, **asdict(config),
+        us=us, machine=machine, commit=commit, provenance="",
+    )  # fmt: skip
+
+
+def nearest(problem: Problem, rows: Iterable[Row]) -> Row | None:
+    """The row that speaks for `problem`, or None.
+
+    Only rows of the same mask and the same padded head dimension (a power of two) can. Among them the one nearest in
+    log2 of lengths and heads wins; a head dimension or dtype of its own breaks ties, then the order of the table.
+    """
+    best: tuple[tuple[float, bool, bool], Row] | None = None
+    for candidate in rows:
+        if candidate.is_causal != problem.is_causal or _padded(candidate.head_dim) != _padded(problem.head_dim):
+            continue
+        apart = (
+            _apart(candidate.seqlen_q, problem.seqlen_q),
+            _apart(candidate.seqlen_k, problem.seqlen_k),
+            _apart(min(candidate.heads, MANY_HEADS), min(problem.batch * problem.heads_q, MANY_HEADS)),
+        )
+        if max(apart) > math.log2(REACH):
+            continue
+        other_dtype = DTYPES[candidate.dtype] != problem.dtype
+        distance = (sum(apart), candidate.head_dim != problem.head_dim, other_dtype)
+        if best is None or distance < best[0]:
+            best = distance, candidate
+    return best[1] if best else None
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _apart(a: int, b: int) -> float:
+    return abs(math.log2(max(a, 1) / max(b, 1)))
+
+
+@lru_cache(maxsize=None)
+def table(arch: int) -> tuple[Row, ...]:
+    """The shipped rows for an architecture (90 ...), none where nobody measured yet."""
+    path = TABLES / f"sm{arch}.json"
+    return read(path, arch) if path.exists() else ()
+
+
+def read(path: Path, arch: int) -> tuple[Row, ...]:
+    """The rows of a file. One that is no table of `arch` warns and counts as empty, so that rules serve instead."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        return parse(path.read_text(encoding="utf-8"), arch)
+    except (OSError, ValueError, RecursionError) as error:
+        warnings.warn(f"tuning table {path.name} is not used: {error}", RuntimeWarning, stacklevel=2)
+        return ()
+
+
+def parse(text: str, arch: int) -> tuple[Row, ...]:
+    """The rows of a table's text.
+
+    Raises:
+        ValueError: it is not of the format, down to each field's type; the message names the row.
+    """
+    document = json.loads(text)
+    if not isinstance(document, dict) or set(document) != {"format", "arch", "rows"}:
+        raise ValueError("expected an object of format, arch and rows")
+    if document["format"] != FORMAT or document["arch"] != arch:
+        raise ValueError(f"expected format {FORMAT} for arch {arch}, got {document['format']!r}, {document['arch']!r}")
+    if not isinstance(document["rows"], list):
+        raise ValueError("rows: expected a list")
+    return tuple(_row(i, entry) for i, entry in enumerate(document["rows"]))
+
+
+_OPTIONAL = {"maxnreg": int, "us": float}
+_TYPES = {"str": str, "int": int, "bool": bool}
+_FIELDS = {f.name: _OPTIONAL.get(f.name) or _TYPES[str(f.type)] for f in fields(Row)}
+
+
+def _row(index: int, entry: object) -> Row:
+    if not isinstance(entry, dict) or set(entry) != set(_FIELDS):
+        raise ValueError(f"row {index}: expected an object of {', '.join(_FIELDS)}")
+    for name, kind in _FIELDS.items():
+        value = entry[name]
+        if value is None and name in _OPTIONAL:
+            continue
+        if type(value) is not kind:  # bool is an int to isinstance
+            raise ValueError(f"row {index}: {name}: expected {kind.__name__}, got {value!r}")
+        if kind in (int, float) and not 0 < value < 2**31:  # NaN fails too
+            raise ValueError(f"row {index}: {name}: expected a number above 0 and below 2^31, got {value!r}")
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"row {index}: dtype: expected {' or '.join(DTYPES)}, got {entry['dtype']!r}")
+    measured = entry["us"] is not None
+    if measured != (entry["provenance"] == "") or measured != bool(entry["machine"] and entry["commit"]):
+        raise ValueError(f"row {index}: expected us, machine and commit, or else a provenance")
+    return Row(**entry)
+
+
+def write(path: Path, arch: int, rows: Iterable[Row]) -> None:
+    """Write a table that `read` accepts, one row a line, in the order given; readers see the old or the new file.
+
+    Raises:
+        ValueError: a row that `read` would refuse.
+    """
+    lines = ",\n".join("  " + json.dumps(asdict(r), allow_nan=False) for r in rows)
+    text = f'{{\n "format": {FORMAT},\n "arch": {arch},\n "rows": [\n{lines}\n ]\n}}\n'
+    parse(text, arch)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".new")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
