@@ -32,6 +32,7 @@ class Block:
     v: Tensor
     scores: Tensor  # after scale, softcap and bias; -inf where the row may not read the key
     masking: Masking
+    v_is_finite: bool
 
     @property
     def group(self) -> int:
@@ -42,6 +43,10 @@ class Block:
         part = tensor[self.batch, self.heads_q, self.rows]
         shared: Tensor = part.unflatten(1, (-1, self.group))
         return shared
+
+    def times(self, weights: Tensor, values: Tensor) -> Tensor:
+        """weights [b, h, group, rows, Sk] @ values [b, h, Sk, x], cast to the weights' dtype."""
+        return _matmul(weights, values.to(weights.dtype))
 
     def softmax(self) -> tuple[Tensor, Tensor, Tensor]:
         """Unnormalised weights [.., rows, Sk], their sums and lse [.., rows, 1]; sums are 1 for rows that read nothing.
@@ -61,14 +66,14 @@ class Block:
 
         A NaN or infinity in a key that the row does read stays, however small its weight.
         """
-        if bool(self.v.isfinite().all()):
-            return _matmul(weights, self.v)
+        if self.v_is_finite:
+            return self.times(weights, self.v)
         reads = self.masking.visible(self.batch, self.heads_kv, self.rows)
         reads = torch.ones_like(weights) if reads is None else reads.expand(weights.shape).to(weights.dtype)
-        nan = _matmul(reads, self.v.isnan().to(reads.dtype)) > 0
-        up = _matmul(reads, (self.v == torch.inf).to(reads.dtype)) > 0
-        down = _matmul(reads, (self.v == -torch.inf).to(reads.dtype)) > 0
-        result = _matmul(weights, self.v.nan_to_num(0.0, 0.0, 0.0))
+        nan = self.times(reads, self.v.isnan()) > 0
+        up = self.times(reads, self.v == torch.inf) > 0
+        down = self.times(reads, self.v == -torch.inf) > 0
+        result = self.times(weights, self.v.nan_to_num(0.0, 0.0, 0.0))
         result = torch.where(up, torch.inf, torch.where(down, -torch.inf, result))
         return torch.where(nan | (up & down), torch.nan, result)
 
@@ -97,6 +102,7 @@ def blocks(
         for hs in _slices(heads_kv, step_heads):
             hq = slice(hs.start * group, hs.stop * group)
             kb, vb = k[bs, hs].to(compute_dtype), v[bs, hs].to(compute_dtype)
+            finite = bool(vb.isfinite().all())
             for rows in _slices(seqlen_q, step_rows):
                 qb = q[bs, hq, rows].to(compute_dtype).unflatten(1, (-1, group))
                 scores = _matmul(qb, kb.mT) * scale
@@ -108,7 +114,7 @@ def blocks(
                 visible = masking.visible(bs, hs, rows)
                 if visible is not None:
                     scores = scores.masked_fill(~visible, -torch.inf)
-                yield Block(bs, hq, hs, rows, qb, kb, vb, scores, masking)
+                yield Block(bs, hq, hs, rows, qb, kb, vb, scores, masking, finite)
 
 
 @overload
