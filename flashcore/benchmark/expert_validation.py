@@ -106,7 +106,7 @@ def run(shapes: Sequence[Shape], trials: int = TRIALS) -> dict[str, Any]:
         },
         "event_floor_us": results.latency(floor, None, None),
         "gpu_states": [machine.gpu_state()],
-        "configs": [],
+        "cases": [],
     }
     with Terminal(len(shapes) * (trials + WARMUP), "validating") as terminal:
         for text in validation_text.head(record):
@@ -114,7 +114,7 @@ def run(shapes: Sequence[Shape], trials: int = TRIALS) -> dict[str, Any]:
         for shape in shapes:
             config = measure(shape, trials, environment["l2_bytes"], terminal)
             record["gpu_states"].append(machine.gpu_state())
-            record["configs"].append(config)
+            record["cases"].append(config)
             terminal.line(validation_text.row(record, config))
     for text in validation_text.rest(record):
         print(text)

@@ -35,7 +35,7 @@ def on_target(record: Record, config: Record) -> bool:
 
 def passed(record: Record) -> bool:
     """Whether every configuration is correct and on target, and there is one."""
-    return bool(record["configs"]) and all(c["correct"] and on_target(record, c) for c in record["configs"])
+    return bool(record["cases"]) and all(c["correct"] and on_target(record, c) for c in record["cases"])
 
 
 def figure(config: Record, name: str, clock: str) -> float | None:
@@ -120,7 +120,7 @@ def why_wrong(config: Record) -> list[str]:
 
 
 def _wrong(record: Record) -> Iterator[str]:
-    wrong = [c for c in record["configs"] if not c["correct"]]
+    wrong = [c for c in record["cases"] if not c["correct"]]
     if wrong:
         yield "WRONG:"
         for config in wrong:
@@ -136,7 +136,7 @@ def _beside(record: Record) -> Iterator[str]:
         f" {'best SDPA / FlashCore':>22}"
     )
     yield "-" * WIDTH
-    for config in record["configs"]:
+    for config in record["cases"]:
         for clock, title in CLOCKS.items():
             ours = [us(figure(config, name, clock), 9) for name in TORCH]
             times = ratio(config, clock)
@@ -147,14 +147,14 @@ def _beside(record: Record) -> Iterator[str]:
             )
     yield "-" * WIDTH
     for name, title in TORCH.items():
-        reasons = {c["contestants"][name]["reason"] for c in record["configs"]} - {""}
+        reasons = {c["contestants"][name]["reason"] for c in record["cases"]} - {""}
         for reason in sorted(reasons):
             yield f"  {title}: {reason}"
     yield ""
 
 
 def _summary(record: Record) -> Iterator[str]:
-    configs = record["configs"]
+    configs = record["cases"]
     medians = [p50 for c in configs if (p50 := per_sequence(c, "p50")) is not None]
     right, met = (sum(map(test, configs)) for test in (lambda c: c["correct"], lambda c: on_target(record, c)))
     yield "SUMMARY STATISTICS:"
@@ -172,7 +172,7 @@ def _summary(record: Record) -> Iterator[str]:
 
 
 def _against(record: Record, clock: str) -> str:
-    ratios = [r for c in record["configs"] if (r := ratio(c, clock)) is not None]
+    ratios = [r for c in record["cases"] if (r := ratio(c, clock)) is not None]
     if not ratios:
         return ""
     faster = sum(r > 1 for r in ratios)
@@ -187,7 +187,7 @@ def _distribution(record: Record) -> Iterator[str]:
     yield "-" * WIDTH
     yield f"{'Config':>12} {'Min':>8} {'P50':>8} {'P95':>8} {'P99':>8} {'Max':>8} {'P95/P50':>9} {'P99/P50':>9}"
     yield "-" * WIDTH
-    for config in record["configs"]:
+    for config in record["cases"]:
         low, p50, p95, p99, high = (per_sequence(config, p) for p in ("min", "p50", "p95", "p99", "max"))
         if p50 is None or p95 is None or p99 is None:
             continue
@@ -199,7 +199,7 @@ def _distribution(record: Record) -> Iterator[str]:
 
 def verdict(record: Record) -> Iterator[str]:
     """What was shown, in the words that the figures allow."""
-    configs, target = record["configs"], record["protocol"]["target_us_per_sequence"]
+    configs, target = record["cases"], record["protocol"]["target_us_per_sequence"]
     right, met = (sum(map(test, configs)) for test in (lambda c: c["correct"], lambda c: on_target(record, c)))
     yield f"VERDICT: {'PASSED' if passed(record) else 'NOT PASSED'}"
     yield f"  - {right} of {len(configs)} configurations correct on independent q, k, v and on q = k = v"
