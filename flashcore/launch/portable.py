@@ -41,6 +41,7 @@ def bind(problem: Problem, config: Config, scale: float) -> Binding:
     args["seqlen_q"] = Scalar("i32", p.seqlen_q)
     args["seqlen_k"] = Scalar("i32", p.seqlen_k)
 
+    d, dv = columns(p.head_dim), columns(p.head_dim_v)
     fold = p.batch > _MAX_GRID_Z
     constexprs: dict[str, Any] = {} if p.return_lse else {"lse": None}
     constexprs |= {
@@ -49,7 +50,7 @@ def bind(problem: Problem, config: Config, scale: float) -> Binding:
         "STRIDE_UNIT": unit, "FOLD_BATCH": fold, "SPLIT": config.schedule == "split", "NEGATE_Q": scale < 0,
         "EMULATED": p.dtype == torch.bfloat16 and isinstance(attention_forward, InterpretedFunction),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-        "BLOCK_D": block_of(p.head_dim), "BLOCK_DV": block_of(p.head_dim_v),
+        "BLOCK_D": d[0], "REST_D": d[1], "BLOCK_DV": dv[0], "REST_DV": dv[1],
     }  # fmt: skip
     tiles = -(-p.seqlen_q // config.block_m)
     fast, slow = (p.heads_q, tiles) if p.is_causal else (tiles, p.heads_q)
@@ -63,9 +64,12 @@ def bind(problem: Problem, config: Config, scale: float) -> Binding:
     return Binding(attention_forward, False, grid, args, constexprs, options)
 
 
-def block_of(dim: int) -> int:
-    """Columns of a tile that holds `dim` elements of a row: Triton's tiles are powers of two, its MMA needs 16."""
-    return max(16, 1 << (dim - 1).bit_length())
+def columns(dim: int) -> tuple[int, int]:
+    """A row of `dim` elements as one or two powers of two, of at least the 16 that an MMA takes."""
+    whole = max(16, 1 << (dim - 1).bit_length())
+    first = whole // 2
+    rest = max(16, 1 << max(dim - first - 1, 0).bit_length())
+    return (first, rest) if first >= 16 and first + rest < whole else (whole, 0)
 
 
 def stride_unit(problem: Problem) -> int:

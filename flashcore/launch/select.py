@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -25,7 +25,7 @@ from flashcore.tuning import lookup
 # Fewer than 64 rows run on mma.sync, also on Hopper.
 _Tiles = dict[int, tuple[tuple[int, int, int, int], ...]]
 _PORTABLE_SM90: _Tiles = {
-    32: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 128, 4, 2), (64, 128, 4, 3), (64, 256, 4, 2),
+    32: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 128, 4, 2), (64, 128, 4, 3),
          (128, 64, 8, 2), (128, 128, 8, 2), (32, 64, 4, 2), (32, 64, 2, 2), (32, 32, 2, 2), (16, 64, 4, 2)),
     64: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (64, 128, 4, 2), (64, 128, 4, 3),
          (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (32, 64, 4, 2), (32, 32, 2, 2), (32, 128, 4, 2),
@@ -42,7 +42,7 @@ _PORTABLE_SM80: _Tiles = {
          (128, 128, 8, 2), (32, 64, 4, 2), (32, 32, 2, 2), (16, 64, 4, 2)),
     64: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (64, 128, 8, 2), (128, 32, 8, 2),
          (128, 64, 8, 2), (128, 64, 8, 3), (32, 64, 4, 2), (32, 32, 2, 2), (16, 64, 4, 2)),
-    128: ((64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 8, 2), (64, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 3),
+    128: ((64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3),
           (32, 64, 4, 2), (32, 32, 4, 2)),
     256: ((64, 32, 8, 2), (64, 32, 8, 3), (32, 64, 8, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
 }  # fmt: skip
@@ -131,7 +131,7 @@ def _allowed(problem: Problem, target: Target, kernels: Sequence[str]) -> tuple[
     return found
 
 
-@lru_cache(maxsize=None)
+@cache
 def _rows(target: Target) -> tuple[lookup.Row, ...]:
     """The tuning table's rows for this architecture whose configuration is on the allow-list."""
     rows = lookup.table(target.arch)
@@ -175,32 +175,32 @@ def shipped(target: Target) -> Iterator[tuple[Problem, Config]]:
     """Every variant that is compiled before a release, for this GPU.
 
     Each configuration of the allow-list with what makes the largest code (causal, lengths that no tile divides,
-    lse), and what `select` answers for plain and GQA problems of both dtypes.
+    lse), and what `select` answers for plain problems.
     """
-    seen: set[tuple[Problem, Config]] = set()
+    plain = [_problem(head_dim=dim, seqlen=n) for dim in (32, 64, 80, 128, 256) for n in (128, 512)]
+    plain += [_problem(torch.bfloat16, head_dim=64, heads_kv=2, seqlen=512, is_causal=c) for c in (False, True)]
+    seen = dict.fromkeys((problem, select(problem, target)) for problem in plain)
     for dim in (32, 64, 128, 256):
         hardest = _problem(head_dim=dim, seqlen=197, is_causal=True, return_lse=True)
-        seen.update((hardest, config) for config in candidates(hardest, target))
-    for dtype in (torch.float16, torch.bfloat16):
-        for dim in (16, 32, 64, 80, 96, 128, 192, 256):
-            for seqlen in (128, 197, 512):
-                for is_causal in (False, True):
-                    problem = _problem(dtype, head_dim=dim, seqlen=seqlen, is_causal=is_causal)
-                    seen.add((problem, select(problem, target)))
-    yield from sorted(seen, key=repr)
+        seen.update(dict.fromkeys((hardest, config) for config in candidates(hardest, target)))
+    yield from seen
 
 
 def _problem(
     dtype: torch.dtype = torch.float16,
     *,
     head_dim: int = 64,
+    heads_kv: int = 8,
     seqlen: int = 128,
     is_causal: bool = False,
     return_lse: bool = False,
 ) -> Problem:
-    """Eight heads in a batch of eight, contiguous."""
-    strides = (8 * seqlen * head_dim, seqlen * head_dim, head_dim)
+    """Eight query heads in a batch of eight, contiguous."""
+
+    def strides(heads: int) -> tuple[int, int, int]:
+        return heads * seqlen * head_dim, seqlen * head_dim, head_dim
+
     return Problem(
-        dtype, 8, 8, 8, seqlen, seqlen, head_dim, head_dim, strides, strides, strides, strides,
-        is_causal=is_causal, return_lse=return_lse,
+        dtype, 8, 8, heads_kv, seqlen, seqlen, head_dim, head_dim, strides(8), strides(heads_kv), strides(heads_kv),
+        strides(8), is_causal=is_causal, return_lse=return_lse,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -106,7 +106,7 @@ def _apart(a: int, b: int) -> float:
     return abs(math.log2(max(a, 1) / max(b, 1)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def table(arch: int) -> tuple[Row, ...]:
     """The shipped rows for an architecture (90 ...), none where nobody measured yet."""
     path = TABLES / f"sm{arch}.json"

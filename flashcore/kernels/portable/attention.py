@@ -22,21 +22,46 @@ NONE, FROM_WHOLE, EVERY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def load_rows(base, first, rows, stride, cols, n_rows, DIM: tl.constexpr, BLOCK: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """Rows `first + rows` of a matrix as a [rows, BLOCK] tile; what lies outside of n_rows x DIM reads as 0.
+def load_rows(
+    base, first, rows, stride, n_rows,
+    START: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, MASK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Columns START .. START + BLOCK of rows `first + rows`; what lies outside of n_rows x DIM reads as 0.
 
     The tile's first address is computed in 64 bits, offsets inside of it in the type of `stride`, which the host
     widens to 64 bits when a tile spans more than 2^31 elements.
     """
+    cols = START + tl.arange(0, BLOCK)
     tile = base + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
-    if MASK_ROWS and DIM != BLOCK:
+    if MASK_ROWS and START + BLOCK > DIM:
         return tl.load(tile, mask=(first + rows < n_rows)[:, None] & (cols < DIM)[None, :], other=0.0)
     elif MASK_ROWS:
         return tl.load(tile, mask=(first + rows < n_rows)[:, None], other=0.0)
-    elif DIM != BLOCK:
+    elif START + BLOCK > DIM:
         return tl.load(tile, mask=(cols < DIM)[None, :], other=0.0)
     else:
         return tl.load(tile)
+
+
+@triton.jit
+def store_rows(
+    base, first, rows, stride, n_rows, acc, row_sum, saw_nothing,
+    START: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, MASK_ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr, EMULATED: tl.constexpr,
+):  # fmt: skip
+    """acc / row_sum into columns START .. START + BLOCK of rows `first + rows`, nothing outside of n_rows x DIM."""
+    result = acc * (1.0 / row_sum)[:, None]
+    if CAUSAL:  # a row above the first key shares its tile with rows that do attend: 0 * NaN of their v is not 0
+        result = tl.where(saw_nothing[:, None], 0.0, result)
+    result = narrow(result, base.dtype.element_ty, EMULATED)
+    cols = START + tl.arange(0, BLOCK)
+    tile = base + first.to(tl.int64) * stride + rows[:, None] * stride + cols[None, :]
+    if START + BLOCK > DIM:
+        tl.store(tile, result, mask=(first + rows < n_rows)[:, None] & (cols < DIM)[None, :])
+    elif MASK_ROWS:
+        tl.store(tile, result, mask=(first + rows < n_rows)[:, None])
+    else:
+        tl.store(tile, result)
 
 
 @triton.jit
@@ -77,30 +102,37 @@ def softmax_tile(scores, qk_scale, row_max, row_sum):
 
 @triton.jit
 def attend(
-    acc, row_max, row_sum, begin, end, whole,
-    q_tile, k, v, stride_kn, stride_vn, qk_scale, rows, seqlen_k, last_key,
+    acc, acc_rest, row_max, row_sum, begin, end, whole,
+    q_tile, q_rest, k, v, stride_kn, stride_vn, qk_scale, rows, seqlen_k, last_key,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, CAUSAL: tl.constexpr, EVEN_N: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    EMULATED: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr, EMULATED: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Adds keys begin .. end to the rows' state (acc, row_max, row_sum), BLOCK_N at a time.
+    """Adds keys begin .. end to the rows' state (acc, acc_rest, row_max, row_sum), BLOCK_N at a time.
 
     EDGE: which of these tiles hold a key that some row must not see: NONE, EVERY, or those FROM_WHOLE on.
     """
     keys = tl.arange(0, BLOCK_N)
     BOUND: tl.constexpr = EDGE != NONE and not EVEN_N
     for start_n in tl.range(begin, end, BLOCK_N):
-        k_tile = load_rows(k, start_n, keys, stride_kn, tl.arange(0, BLOCK_D), seqlen_k, HEAD_DIM, BLOCK_D, BOUND)
+        k_tile = load_rows(k, start_n, keys, stride_kn, seqlen_k, 0, BLOCK_D, HEAD_DIM, BOUND)
         scores = multiply(q_tile, k_tile.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), EMULATED)
+        if REST_D:
+            k_rest = load_rows(k, start_n, keys, stride_kn, seqlen_k, BLOCK_D, REST_D, HEAD_DIM, BOUND)
+            scores = multiply(q_rest, k_rest.T, scores, EMULATED)
         if EDGE == EVERY:
             scores = hide(scores, rows, start_n + keys, seqlen_k, last_key, CAUSAL)
         elif EDGE == FROM_WHOLE:
             if start_n >= whole:
                 scores = hide(scores, rows, start_n + keys, seqlen_k, last_key, CAUSAL)
         weights, rescale, row_max, row_sum = softmax_tile(scores, qk_scale, row_max, row_sum)
-        v_tile = load_rows(v, start_n, keys, stride_vn, tl.arange(0, BLOCK_DV), seqlen_k, HEAD_DIM_V, BLOCK_DV, BOUND)
-        acc = multiply(narrow(weights, v_tile.dtype, EMULATED), v_tile, acc * rescale[:, None], EMULATED)
-    return acc, row_max, row_sum
+        v_tile = load_rows(v, start_n, keys, stride_vn, seqlen_k, 0, BLOCK_DV, HEAD_DIM_V, BOUND)
+        weights = narrow(weights, v_tile.dtype, EMULATED)
+        acc = multiply(weights, v_tile, acc * rescale[:, None], EMULATED)
+        if REST_DV:
+            v_rest = load_rows(v, start_n, keys, stride_vn, seqlen_k, BLOCK_DV, REST_DV, HEAD_DIM_V, BOUND)
+            acc_rest = multiply(weights, v_rest, acc_rest * rescale[:, None], EMULATED)
+    return acc, acc_rest, row_max, row_sum
 
 
 @triton.jit
@@ -114,7 +146,8 @@ def attention_forward(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, STRIDE_UNIT: tl.constexpr,
     FOLD_BATCH: tl.constexpr, SPLIT: tl.constexpr, NEGATE_Q: tl.constexpr, EMULATED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M query rows of one head.
 
@@ -131,6 +164,8 @@ def attention_forward(
     SPLIT: tiles that need a mask have a loop of their own. One loop with a uniform branch around the mask is half
         the code and keeps loads in flight up to the last tile, but Triton sees a chain of two mma.sync products
         (sm_80, sm_89) only without that branch, and would carry the weights through shared memory.
+    BLOCK_D, REST_D, BLOCK_DV, REST_DV: a row's columns as one or two powers of two (REST 0), the sizes of Triton's
+        tiles: 96 columns as 64 + 32 rather than 128.
     EMULATED: bf16 in Triton's interpreter.
     """
     # Neighbouring blocks share K and V: tiles of one head first. Causal, the longest rows of all heads start first,
@@ -155,14 +190,18 @@ def attention_forward(
 
     block_rows = tl.arange(0, BLOCK_M)
     rows = start_m + block_rows
-    cols = tl.arange(0, BLOCK_D)
-    q_tile = load_rows(q, start_m, block_rows, stride_qm, cols, seqlen_q, HEAD_DIM, BLOCK_D, not EVEN_M)
+    q_tile = load_rows(q, start_m, block_rows, stride_qm, seqlen_q, 0, BLOCK_D, HEAD_DIM, not EVEN_M)
+    q_rest = q_tile
+    if REST_D:
+        q_rest = load_rows(q, start_m, block_rows, stride_qm, seqlen_q, BLOCK_D, REST_D, HEAD_DIM, not EVEN_M)
     if NEGATE_Q:
         q_tile = (-q_tile.to(tl.float32)).to(q_tile.dtype)
+        q_rest = (-q_rest.to(tl.float32)).to(q_tile.dtype)
 
     row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    acc_rest = tl.zeros([BLOCK_M, REST_DV if REST_DV else 16], tl.float32)
 
     # Keys 0 .. whole are seen by every row of the tile, keys from end on by none.
     last_key = seqlen_k - seqlen_q
@@ -175,39 +214,35 @@ def attention_forward(
     if MASKED:
         whole = whole // BLOCK_N * BLOCK_N
     if MASKED and SPLIT:
-        acc, row_max, row_sum = attend(
-            acc, row_max, row_sum, 0, whole, whole,
-            q_tile, k, v, stride_kn, stride_vn, qk_scale, rows, seqlen_k, last_key,
-            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EMULATED, NONE,
+        acc, acc_rest, row_max, row_sum = attend(
+            acc, acc_rest, row_max, row_sum, 0, whole, whole,
+            q_tile, q_rest, k, v, stride_kn, stride_vn, qk_scale, rows, seqlen_k, last_key,
+            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, REST_D, BLOCK_DV, REST_DV, EMULATED, NONE,
         )  # fmt: skip
-        acc, row_max, row_sum = attend(
-            acc, row_max, row_sum, whole, end, whole,
-            q_tile, k, v, stride_kn, stride_vn, qk_scale, rows, seqlen_k, last_key,
-            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EMULATED, EVERY,
+        acc, acc_rest, row_max, row_sum = attend(
+            acc, acc_rest, row_max, row_sum, whole, end, whole,
+            q_tile, q_rest, k, v, stride_kn, stride_vn, qk_scale, rows, seqlen_k, last_key,
+            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, REST_D, BLOCK_DV, REST_DV, EMULATED, EVERY,
         )  # fmt: skip
     else:
         EDGE: tl.constexpr = FROM_WHOLE if MASKED else NONE
-        acc, row_max, row_sum = attend(
-            acc, row_max, row_sum, 0, end, whole,
-            q_tile, k, v, stride_kn, stride_vn, qk_scale, rows, seqlen_k, last_key,
-            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, EMULATED, EDGE,
+        acc, acc_rest, row_max, row_sum = attend(
+            acc, acc_rest, row_max, row_sum, 0, end, whole,
+            q_tile, q_rest, k, v, stride_kn, stride_vn, qk_scale, rows, seqlen_k, last_key,
+            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, REST_D, BLOCK_DV, REST_DV, EMULATED, EDGE,
         )  # fmt: skip
 
     saw_nothing = row_sum == 0
     row_sum = tl.where(saw_nothing, 1.0, row_sum)
-    result = acc * (1.0 / row_sum)[:, None]
-    if CAUSAL:  # a row above the first key shares its tile with rows that do attend: 0 * NaN of their v is not 0
-        result = tl.where(saw_nothing[:, None], 0.0, result)
-    cols = tl.arange(0, BLOCK_DV)
-    out = o + start_m.to(tl.int64) * stride_om + block_rows[:, None] * stride_om + cols[None, :]
-    inside = (rows < seqlen_q)[:, None]
-    result = narrow(result, o.dtype.element_ty, EMULATED)
-    if HEAD_DIM_V != BLOCK_DV:
-        tl.store(out, result, mask=inside & (cols < HEAD_DIM_V)[None, :])
-    elif EVEN_M:
-        tl.store(out, result)
-    else:
-        tl.store(out, result, mask=inside)
+    store_rows(
+        o, start_m, block_rows, stride_om, seqlen_q, acc, row_sum, saw_nothing,
+        0, BLOCK_DV, HEAD_DIM_V, not EVEN_M, CAUSAL, EMULATED,
+    )  # fmt: skip
+    if REST_DV:
+        store_rows(
+            o, start_m, block_rows, stride_om, seqlen_q, acc_rest, row_sum, saw_nothing,
+            BLOCK_DV, REST_DV, HEAD_DIM_V, not EVEN_M, CAUSAL, EMULATED,
+        )  # fmt: skip
     if lse is not None:
         log_sum = tl.where(saw_nothing, NEGATIVE_INFINITY, (row_max + tl.math.log2(row_sum)) * LN2)
         first = (batch.to(tl.int64) * heads + head) * seqlen_q

@@ -1,0 +1,1 @@
+"""Gluon kernels for sm_90: TMA loads and stores, wgmma."""
