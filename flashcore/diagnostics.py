@@ -24,8 +24,9 @@ def collect() -> dict[str, Any]:
     """The report as plain data.
 
     Keys: flashcore (its version), those of `flashcore.measure.machine.environment`, and gpus (one dict each, in CUDA's
-    order), compiler (the C compiler that Triton will use, None = not found), cache (Triton's folder of compiled
-    kernels), kernels (name -> the reasons why it cannot run on the first GPU, none = it can).
+    order), compiler (the C compiler that Triton will use, None = not found), shim (whether the compiled launch path is
+    on, or why not), cache (Triton's folder of compiled kernels), kernels (name -> the reasons why it cannot run on the
+    first GPU, none = it can).
     """
     import torch
 
@@ -37,6 +38,7 @@ def collect() -> dict[str, Any]:
         "driver": environment["driver"] or _driver(),
         "gpus": gpus,
         "compiler": _compiler(),
+        "shim": _shim() if environment["triton"] else "off: triton is not installed",
         "cache": _cache(),
         "kernels": _kernels(bool(gpus)),
     }
@@ -54,7 +56,7 @@ def text(report: dict[str, Any]) -> str:
         lines.append(f"{'gpu':<10} none")
     no_compiler = "none: Triton needs a C compiler before its first launch (install gcc or clang, or set CC)"
     lines.append(f"{'compiler':<10} {report['compiler'] or no_compiler}")
-    lines.append(f"{'cache':<10} {report['cache']}")
+    lines += [f"{key:<10} {report[key]}" for key in ("shim", "cache")]
     lines.append("kernels")
     for name, reasons in report["kernels"].items():
         lines.append(f"  {name:<10} {'no: ' + '; '.join(reasons) if reasons else 'runs'}")
@@ -96,6 +98,12 @@ def _driver() -> str | None:
 def _compiler() -> str | None:
     """The C compiler that Triton builds its launcher with: $CC, else gcc, else clang."""
     return shutil.which(os.environ.get("CC") or "gcc") or shutil.which("clang")
+
+
+def _shim() -> str:
+    from flashcore.launch import shim
+
+    return shim.status()
 
 
 def _cache() -> str:

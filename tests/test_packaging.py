@@ -51,13 +51,9 @@ def test_contents(wheel: Path) -> None:
         names = set(z.namelist())
         (entry_points,) = (n for n in names if n.endswith("entry_points.txt"))
         assert "flashcore = flashcore.cli:main" in z.read(entry_points).decode()
-    tracked = {
-        p.relative_to(ROOT).as_posix()
-        for p in (ROOT / "flashcore").rglob("*")
-        if p.suffix in {".py", ".json"} or p.name == "py.typed"
-    }
-    assert "flashcore/py.typed" in tracked
-    assert tracked <= names
+    files = {p.relative_to(ROOT).as_posix() for p in (ROOT / "flashcore").rglob("*.*") if p.suffix != ".pyc"}
+    assert "flashcore/py.typed" in files
+    assert files <= names  # tuning tables and the C source included
     outside = {n for n in names if not n.startswith(("flashcore/", "flashcore_attn-"))}
     assert not outside
     assert any(n.endswith("licenses/LICENSE") for n in names)
