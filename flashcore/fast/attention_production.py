@@ -11,13 +11,14 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from flashcore.core.errors import UnsupportedError
-from flashcore.launch import cpu, ops
-from flashcore.launch.arguments import Options, check, check_extras
+from flashcore.launch import cpu, ops, shim
+from flashcore.launch.arguments import Options, check, check_extras, check_tensors
 from flashcore.launch.launcher import Key, Run, find, prepare, recent, recent_into, remember
 from flashcore.launch.torch_private import dispatch_modes, functorch_is_active, is_plain
 
 __all__ = ["attention"]
 
+_KERNEL_DEVICES = ("cuda",)  # whose tensors kernels read; the reference path serves the others
 
 def attention(
     q: Tensor,
@@ -66,15 +67,21 @@ def attention(
         UnsupportedError: no kernel serves the problem; the message gives each kernel's reasons.
         RuntimeError: `out` where a gradient would be needed, or a first call inside a CUDA graph capture.
     """
-    options = (block_m, block_n, is_causal, scale, return_lse, layout, backend)
-    key = (options, window, softcap, attn_mask, seqused_k)
-    # Dynamo folds the first of these and never sees the rest.
-    if not (is_dynamo_compiling() or dispatch_modes() or forward_ad._current_level >= 0):
+    compiling = is_dynamo_compiling()  # a constant to Dynamo, which then never sees the ways around the operator
+    if not compiling and shim.attend is not None:
+        result = shim.attend(
+            q, k, v, out, block_m, block_n, is_causal, scale, return_lse, layout, backend,
+            window, softcap, attn_mask, seqused_k,
+        )  # fmt: skip
+        if result is not None:
+            return result  # type: ignore[no-any-return]
+    key = ((block_m, block_n, is_causal, scale, return_lse, layout, backend), window, softcap, attn_mask, seqused_k)
+    if not (compiling or dispatch_modes() or forward_ad._current_level >= 0):
         try:
             entry = recent.get(key) if out is None else recent_into.get(key)
             if entry is None or not (entry.guard(q, k, v) if out is None else entry.guard(q, k, v, out)):
                 entry = find(key, q, k, v, out)
-        except TypeError:  # an option without a hash, such as a window given as a list
+        except (TypeError, AttributeError):  # an option without a hash, as a list; an argument that is no tensor
             entry = None
         if entry is not None:
             result = entry.run(q, k, v, out)
@@ -90,13 +97,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, key: Key) -> Te
     if torch.overrides.has_torch_function(inputs):
         override: Any = torch.overrides.handle_torch_function
         return override(attention, inputs, *inputs, out=out, **options._asdict(), **extras)  # type: ignore[no-any-return]
+    check_tensors(q, k, v, out)
+    device = q.device.type
+    if out is None and any(t.dtype == torch.float32 for t in inputs) and _is_autocast(device):
+        # As torch's own attention, except that half precision of either kind stays what it is.
+        dtype = torch.get_autocast_dtype(device)
+        return attention(q.to(dtype), k.to(dtype), v.to(dtype), **options._asdict(), **extras)
     check(q, k, v, options, out)
     check_extras(q, k, options.layout, **extras)
-    device = q.device.type
-    if out is None and device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        if q.dtype not in (dtype, torch.float64):  # what autocast does to torch's own attention
-            return attention(q.to(dtype), k.to(dtype), v.to(dtype), **options._asdict(), **extras)
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in inputs):
         raise UnsupportedError("attention() has no forward-mode derivative")
     if extras:
@@ -110,15 +118,19 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, key: Key) -> Te
         if functorch_is_active() and out is None:
             return _differentiable(q, k, v, options, None)  # type: ignore[no-any-return]
         return _operator(q, k, v, out, options)
-    if device != "cuda":
+    if device not in _KERNEL_DEVICES:
         return _operator(q, k, v, out, options)
-    run = prepare(q, k, v, out, options)
+    run, kernel = prepare(q, k, v, out, options)
     if any(t.requires_grad for t in inputs) or (out is not None and out.requires_grad):
         run = _with_gradient(run, options)
-    remember(key, q, k, v, out, run)
+    remember(key, q, k, v, out, run, kernel)
     result = run(q, k, v, out)
     assert result is not None  # it was prepared for these very tensors
     return result
+
+
+def _is_autocast(device: str) -> bool:
+    return device in ("cuda", "cpu") and torch.is_autocast_enabled(device)
 
 
 def _with_gradient(run: Run, options: Options) -> Run:

@@ -30,6 +30,18 @@ class Options(NamedTuple):
     backend: str | None = None
 
 
+def check_tensors(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> None:
+    """Refuse what is no tensor.
+
+    Raises:
+        TypeError: an argument is none.
+    """
+    inputs = (("q", q), ("k", k), ("v", v))
+    for name, tensor in inputs if out is None else (*inputs, ("out", out)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(_message(name, "a torch.Tensor", type(tensor).__name__))
+
+
 def check(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor | None = None) -> None:
     """Refuse what is no attention problem.
 
@@ -38,11 +50,9 @@ def check(q: Tensor, k: Tensor, v: Tensor, options: Options, out: Tensor | None 
         ValueError: shapes, strides, devices, dtypes or options that contradict each other.
         RuntimeError: `out` is given where a gradient would be needed.
     """
-    inputs = (("q", q), ("k", k), ("v", v))
-    for name, tensor in inputs if out is None else (*inputs, ("out", out)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(_message(name, "a torch.Tensor", type(tensor).__name__))
+    check_tensors(q, k, v, out)
     _check_options(options)
+    inputs = (("q", q), ("k", k), ("v", v))
     for name, tensor in inputs:
         if tensor.dim() != 4:
             raise ValueError(_message(name, f"4 dimensions, {_axes(options.layout)}", f"{list(tensor.shape)}"))

@@ -1,13 +1,12 @@
-"""Compiling and loading a bound kernel: the one module that touches Triton's private interfaces.
+"""Compiling a bound kernel: the one module that touches Triton's private interfaces.
 
 Compiling goes through `triton.compile` for every purpose, so that what is audited without a GPU is what runs on
-one; Triton keeps the result on disk. Launching does not go through Triton (see packet.py) unless that fails, and
-then through `CompiledKernel.run`, whose signature has been the same since Triton 3.6.
+one; Triton keeps the result on disk. Loading and launching do without Triton (see packet.py) unless a kernel's
+parameters are not the expected ones, and then go through `CompiledKernel.run`, the same since Triton 3.6.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,9 +36,14 @@ class Compiled:
         return int(self.kernel.metadata.shared)
 
     @property
-    def function(self) -> int:
-        """The loaded kernel, a CUfunction; `load` sets it."""
-        return int(self.kernel.function)
+    def name(self) -> str:
+        """The kernel's name in the machine code."""
+        return str(self.kernel.metadata.name)
+
+    @property
+    def threads(self) -> int:
+        """Threads of one block."""
+        return 32 * int(self.kernel.metadata.num_warps)
 
     @property
     def descriptors(self) -> list[dict[str, Any]]:
@@ -51,7 +55,8 @@ def compile_for(binding: Binding, arch: int) -> Compiled:
     """Compile `binding` for compute capability `arch` (80, 89, 90 ...); needs no GPU.
 
     Raises:
-        RuntimeError: Triton was told to interpret kernels (TRITON_INTERPRET=1) when the kernel was imported.
+        RuntimeError: Triton was told to interpret kernels (TRITON_INTERPRET=1) when the kernel was imported, or
+            to instrument them so that they want scratch memory.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -59,6 +64,9 @@ def compile_for(binding: Binding, arch: int) -> Compiled:
     if interpreted(binding):
         raise RuntimeError("TRITON_INTERPRET=1 makes Triton run kernels on the CPU; unset it to compile them")
     kernel = triton.compile(_source(binding), target=GPUTarget("cuda", arch, 32), options=dict(binding.options))
+    for scratch in ("global_scratch_size", "profile_scratch_size"):
+        if getattr(kernel.metadata, scratch, 0):
+            raise RuntimeError(f"{kernel.metadata.name} wants {scratch}, which is never allocated here")
     return Compiled(kernel, arch)
 
 
@@ -111,36 +119,14 @@ def identity(binding: Binding) -> tuple[Any, ...]:
     )
 
 
-# -- loading ----------------------------------------------------------------------------------------------------
-
-_loaded: dict[tuple[Any, ...], Compiled] = {}
-_lock = threading.Lock()  # compiling from several threads at once only makes each of them wait longer
-
-
-def load(binding: Binding, device: int, arch: int, before_compiling: Callable[[], None] = lambda: None) -> Compiled:
-    """`binding` compiled and loaded on CUDA device `device`, which must be the current one.
-
-    `before_compiling` is called where something must be compiled or loaded, and may refuse by raising.
-
-    Raises:
-        RuntimeError: the kernel wants scratch memory, which this path never allocates.
-    """
-    key = (device, identity(binding))
-    with _lock:
-        compiled = _loaded.get(key)
-        if compiled is None:
-            before_compiling()
-            compiled = compile_for(binding, arch)
-            for scratch in ("global_scratch_size", "profile_scratch_size"):
-                if getattr(compiled.kernel.metadata, scratch, 0):
-                    raise RuntimeError(f"{compiled.kernel.name} wants {scratch}; set no Triton instrumentation")
-            compiled.kernel._init_handles()  # loads the code into this device's context
-            _loaded[key] = compiled
-    return compiled
+# -- launching through Triton -------------------------------------------------------------------------------------
 
 
 def runner(compiled: Compiled) -> Callable[..., None]:
-    """Triton's own way to launch: run(*grid, stream, *kernel arguments), constexprs included, TMA as `descriptor`."""
+    """Triton's own way to launch: run(*grid, stream, *kernel arguments), constexprs included, TMA as `descriptor`.
+
+    Loads the kernel once more, by Triton's means, on the current device.
+    """
     kernel = compiled.kernel
     run, function, metadata = kernel.run, kernel.function, kernel.packed_metadata
     nothing = (None, None, None)  # launch metadata, enter hook, exit hook

@@ -1,21 +1,29 @@
-"""CUDA's driver through ctypes: launching a loaded kernel, encoding TMA descriptors.
+"""CUDA's driver through ctypes: loading and launching a kernel, encoding TMA descriptors.
 
 One call of cuLaunchKernelEx with everything prepared costs a third of a microsecond on top of the driver's own
-time; Triton's launcher, which parses every argument anew, costs about three times that. Only documented driver
-functions are used, with the structures of cuda.h for 64-bit machines.
+time; Triton's launcher, which parses every argument anew, costs about three times that, and like Triton's loader
+has to be built by a C compiler first. Only documented driver functions are used, with the structures of cuda.h for
+64-bit machines.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 INVALID_CONTEXT = 201  # CUresult
 TENSOR_MAP_BYTES = 128  # sizeof(CUtensorMap)
 TENSOR_MAP_ALIGNMENT = 64
 
+_DEFAULT_DYNAMIC_SHARED = 48 * 1024  # bytes a block may have without asking for more
+_MAX_THREADS_PER_BLOCK = 0  # CUfunction_attribute
+_LOCAL_SIZE_BYTES = 3
+_NUM_REGS = 4
+_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+_CACHE_PREFER_SHARED = 1  # CUfunc_cache
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CUlaunchAttributeID
 _COOPERATIVE = 2
 _CLUSTER_DIMENSION = 4
@@ -59,12 +67,20 @@ def library() -> Any:
     lib.cuDriverGetVersion.argtypes = [pointer]
     lib.cuCtxGetCurrent.argtypes = [pointer]
     lib.cuCtxSetCurrent.argtypes = [pointer]
+    lib.cuDevicePrimaryCtxRetain.argtypes = [pointer, number]
+    lib.cuModuleLoadData.argtypes = [pointer, pointer]
+    lib.cuModuleGetFunction.argtypes = [pointer, pointer, ctypes.c_char_p]
+    lib.cuFuncGetAttribute.argtypes = [pointer, number, pointer]
+    lib.cuFuncSetAttribute.argtypes = [pointer, number, number]
+    lib.cuFuncSetCacheConfig.argtypes = [pointer, number]
+    if hasattr(lib, "cuFuncLoad"):  # CUDA 12.4
+        lib.cuFuncLoad.argtypes = [pointer]
     if hasattr(lib, "cuFuncGetParamInfo"):  # CUDA 12.4
         lib.cuFuncGetParamInfo.argtypes = [pointer, ctypes.c_size_t, pointer, pointer]
     return lib
 
 
-def raise_for(status: int, what: str) -> None:
+def raise_for(status: int, what: str) -> NoReturn:
     """Raise what a CUresult other than 0 means."""
     text = ctypes.c_char_p()
     library().cuGetErrorString(status, ctypes.byref(text))
@@ -74,17 +90,52 @@ def raise_for(status: int, what: str) -> None:
 def current_context() -> int | None:
     """The CUDA context that this thread works in, or None: a thread that never called CUDA has none yet."""
     context = ctypes.c_void_p()
-    status = library().cuCtxGetCurrent(ctypes.byref(context))
-    if status:
-        raise_for(status, "cuCtxGetCurrent")
+    _expect(library().cuCtxGetCurrent(ctypes.byref(context)), "cuCtxGetCurrent")
     return context.value
 
 
 def set_context(context: int) -> None:
     """Make this thread work in `context`."""
-    status = library().cuCtxSetCurrent(context)
-    if status:
-        raise_for(status, "cuCtxSetCurrent")
+    _expect(library().cuCtxSetCurrent(context), "cuCtxSetCurrent")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A kernel in a device's memory. It stays there until the process ends."""
+
+    function: int  # CUfunction
+    context: int  # CUcontext that it belongs to
+    registers: int  # per thread
+    local_bytes: int  # per thread: spills and arrays
+
+
+def load(image: bytes, name: str, *, shared: int, threads: int, device: int) -> Loaded:
+    """Load kernel `name` of a cubin on CUDA device `device`, for blocks of `threads` with `shared` dynamic bytes.
+
+    Raises:
+        CudaError: the image is for another architecture, or a block needs more than the device has.
+    """
+    lib = library()
+    context = current_context()
+    if context is None:
+        handle = ctypes.c_void_p()
+        _expect(lib.cuDevicePrimaryCtxRetain(ctypes.byref(handle), device), "cuDevicePrimaryCtxRetain")
+        context = handle.value or 0
+        set_context(context)
+    module, function = ctypes.c_void_p(), ctypes.c_void_p()
+    _expect(lib.cuModuleLoadData(ctypes.byref(module), image), f"loading {name}")
+    _expect(lib.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"finding {name}")
+    if shared > _DEFAULT_DYNAMIC_SHARED:
+        _expect(lib.cuFuncSetCacheConfig(function, _CACHE_PREFER_SHARED), f"preferring shared memory for {name}")
+        status = lib.cuFuncSetAttribute(function, _MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
+        _expect(status, f"{shared} bytes of shared memory for a block of {name}")
+    if hasattr(lib, "cuFuncLoad"):  # now, not lazily at the first launch, which a graph capture would refuse
+        _expect(lib.cuFuncLoad(function), f"loading {name}")
+    most = _attribute_of(function, _MAX_THREADS_PER_BLOCK)
+    if threads > most:
+        raise CudaError(f"{name} with its registers allows {most} threads a block, not {threads}")
+    registers, local_bytes = (_attribute_of(function, which) for which in (_NUM_REGS, _LOCAL_SIZE_BYTES))
+    return Loaded(function.value or 0, context, registers, local_bytes)
 
 
 def launch_attributes(*, pdl: bool, cooperative: bool, ctas: int) -> list[LaunchAttribute]:
@@ -129,7 +180,7 @@ class TensorMap:
         """
         rank, element_bytes = len(shape), 2
         self._memory = ctypes.create_string_buffer(TENSOR_MAP_BYTES + TENSOR_MAP_ALIGNMENT)
-        self.address = -(-ctypes.addressof(self._memory) // TENSOR_MAP_ALIGNMENT) * TENSOR_MAP_ALIGNMENT
+        self.address = aligned(ctypes.addressof(self._memory))
         # The driver counts dimensions from the innermost one, whose stride is implied.
         sizes = (ctypes.c_uint64 * rank)(*reversed(shape))
         pitches = (ctypes.c_uint64 * rank)(*(element_bytes * stride for stride in reversed(strides[:-1])))
@@ -139,8 +190,7 @@ class TensorMap:
             self.address, _ELEMENT_TYPES[dtype], rank, base, sizes, pitches, boxes, steps,
             0, swizzle, _L2_PROMOTION_128B, 0,
         )  # fmt: skip
-        if status:
-            raise_for(status, f"TMA descriptor of shape {list(shape)}, strides {list(strides)}, box {list(box)}")
+        _expect(status, f"TMA descriptor of shape {list(shape)}, strides {list(strides)}, box {list(box)}")
         reach = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) * element_bytes
         if reach < 128 * 1024 and _driver_version() <= 13010:
             # Drivers up to 13.1 set a bit that is wrong for tensors below 128 KiB; CUTLASS clears it too.
@@ -148,11 +198,27 @@ class TensorMap:
             word.value &= ~(1 << 21)
 
 
+def aligned(address: int) -> int:
+    """The first address from here on where a CUtensorMap may be."""
+    return -(-address // TENSOR_MAP_ALIGNMENT) * TENSOR_MAP_ALIGNMENT
+
+
 @lru_cache(maxsize=1)
 def _driver_version() -> int:
     version = ctypes.c_int()
     library().cuDriverGetVersion(ctypes.byref(version))
     return version.value
+
+
+def _expect(status: int, what: str) -> None:
+    if status:
+        raise_for(status, what)
+
+
+def _attribute_of(function: ctypes.c_void_p, which: int) -> int:
+    value = ctypes.c_int()
+    _expect(library().cuFuncGetAttribute(ctypes.byref(value), which, function), "cuFuncGetAttribute")
+    return value.value
 
 
 def _attribute(kind: int, *values: int) -> LaunchAttribute:

@@ -1,6 +1,6 @@
 """The hot path: from tensors to a kernel on the right stream of the right device.
 
-Three levels, each a bounded cache in front of the next:
+Three levels, each a bounded cache in front of the next, and before them the compiled shim where there is one:
   recent    options -> the Entry that served them last: a guard over the tensors and a function that runs the call
   _entries  options and shapes -> the entries of every call seen lately
   _plans    device, problem and options -> the kernel, loaded and with its parameters laid out
@@ -22,7 +22,7 @@ from torch import Tensor
 from flashcore.core import target as targets
 from flashcore.core.config import Config
 from flashcore.core.problem import Problem
-from flashcore.launch import compiled, cpu
+from flashcore.launch import cpu, packet, shim
 from flashcore.launch.arguments import (
     ALIGNMENT,
     Options,
@@ -50,7 +50,18 @@ class Entry(NamedTuple):
     """A call seen before."""
 
     guard: Guard  # over q, k, v and, where it was given, out
-    run: Run  # gives None where the call turns out to differ after all
+    run: Run  # gives None where the call needs another look after all
+
+
+class Kernel(NamedTuple):
+    """What runs a call by launching a kernel, with all that does not depend on the tensors' addresses."""
+
+    plan: Plan
+    device: int
+    aligned: bool  # whether q, k, v and out start at multiples of 16 bytes
+    shape: tuple[int, ...]  # the output's
+    dtype: torch.dtype
+    rows: tuple[int, int, int] | None  # the lse's shape, None = none is asked for
 
 
 class Plan(NamedTuple):
@@ -81,10 +92,20 @@ def find(key: Key, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Entry
     return None
 
 
-def remember(key: Key, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, run: Run) -> None:
-    """Let `run` serve calls that look like this one from now on."""
+def remember(
+    key: Key, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, run: Run, kernel: Kernel | None = None
+) -> None:
+    """Let `run`, which launches `kernel`, serve calls that look like this one from now on."""
     tensors = (q, k, v) if out is None else (q, k, v, out)
+    if kernel is not None and shim.load():
+        shim.add(
+            tensors, (*key[0], *key[1:]), kernel.plan.launch, aligned=kernel.aligned,
+            shape=kernel.shape, strides=_contiguous(kernel.shape), dtype=kernel.dtype,
+            rows=kernel.rows, row_strides=_contiguous(kernel.rows or ()),
+        )  # fmt: skip
     entry = Entry(guard(*tensors), run)
+    if not entry.guard(*tensors):
+        return  # nothing would ever pass it
     with _lock:
         others = _entries.pop((key, out is None, q.shape, k.shape), [])
         _entries[key, out is None, q.shape, k.shape] = [entry, *others[: MAX_GUARDS - 1]]
@@ -103,6 +124,7 @@ def _latest(key: Key, out: Tensor | None, entry: Entry) -> None:
 def forget() -> None:
     """Drop every entry and plan; compiled kernels stay."""
     with _lock:
+        shim.forget()
         for cache in (recent, recent_into, _entries, _plans):
             cache.clear()
 
@@ -110,24 +132,29 @@ def forget() -> None:
 # -- calls seen for the first time ------------------------------------------------------------------------------
 
 
-def prepare(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, options: Options) -> Run:
+def prepare(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, options: Options
+) -> tuple[Run, Kernel | None]:
     """Check a call on CUDA tensors and make what runs it, for tensors that look like these.
+
+    Returns what runs it, and the kernel that it launches, if any.
 
     Raises:
         As `attention` does.
     """
     check(q, k, v, options, out)
     if options.backend == "reference":
-        return _reference(options)
+        return _reference(options), None
     shape = output_shape(q, v)
     rows = lse_shape(q, options.layout) if options.return_lse else None
     if 0 in shape or k.numel() == 0:
-        return _no_keys(shape, rows, q.dtype, q.device)
+        return _no_keys(shape, rows, q.dtype, q.device), None
     problem = problem_of(q, k, v, out, options)
     device = q.get_device()
     with torch.cuda.device(device):
         plan = plan_for(device, problem, options)
-    return _runner(plan, device, problem.aligned, shape, rows, q.dtype)
+    kernel = Kernel(plan, device, problem.aligned, shape, q.dtype, rows)
+    return _runner(kernel, options), kernel
 
 
 def plan_for(device: int, problem: Problem, options: Options) -> Plan:
@@ -145,8 +172,7 @@ def plan_for(device: int, problem: Problem, options: Options) -> Plan:
             target = targets.current(device)
             config = select(problem, target, backend=options.backend, block_m=options.block_m, block_n=options.block_n)
             binding = bind(problem, config, _scale(problem, options))
-            loaded = compiled.load(binding, device, target.arch, _refuse_in_capture)
-            plan = _plans[key] = Plan(config, Launch(binding, loaded), {})
+            plan = _plans[key] = Plan(config, packet.load(binding, device, target.arch, _refuse_in_capture), {})
         _plans.move_to_end(key)
         while len(_plans) > MAX_PLANS:
             _plans.popitem(last=False)
@@ -181,13 +207,11 @@ def _refuse_in_capture() -> None:
 # -- what runs a call -------------------------------------------------------------------------------------------
 
 
-def _runner(
-    plan: Plan, device: int, aligned: bool, shape: tuple[int, ...], rows: tuple[int, ...] | None, dtype: torch.dtype
-) -> Run:
+def _runner(kernel: Kernel, options: Options) -> Run:
+    plan, device, aligned, shape, dtype, rows = kernel
     launch, packets = plan.launch, plan.packets
     call, function, start = launch.call, launch.function, launch.launch
-    strides = _contiguous(shape)
-    row_strides = _contiguous(rows or ())
+    strides, row_strides = _contiguous(shape), _contiguous(rows or ())
     order = [("q", "k", "v", "o", "lse").index(name) for name in launch.tensors]
     fp32 = torch.float32
 
@@ -202,27 +226,32 @@ def _runner(
         else:
             lse = empty_strided_cuda(rows, row_strides, fp32)
             key = (raw_stream(device), q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), lse.data_ptr())
-        packet = packets.get(key)
-        if packet is None:
-            packet = fill(key, q, k, v, out)
-            if packet is None:
-                return None
-        config, parameters, _ = packet
+        prepared = packets.get(key)
+        if prepared is None:
+            if all(address % ALIGNMENT == 0 for address in key[1:5]) != aligned:
+                return other_alignment(q, k, v, out)
+            prepared = fill(key, q, k, v, out)
+        config, parameters, _ = prepared
         if call(config, function, parameters, None):
-            start(packet)
+            start(prepared)
         return o if rows is None else (o, lse)
 
-    def fill(key: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Packet | None:
-        stream, *addresses = key
-        if all(address % ALIGNMENT == 0 for address in addresses[:4]) != aligned:
-            return None
+    def fill(key: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Packet:
         if out is not None:
             check_overlap(q, k, v, out)
-        packet = launch.fill(stream, *[addresses[i] for i in order])
+        stream, *addresses = key
+        prepared = launch.fill(stream, *[addresses[i] for i in order])
         if len(packets) >= MAX_PACKETS:
             packets.clear()
-        packets[key] = packet
-        return packet
+        packets[key] = prepared
+        return prepared
+
+    others: list[Run] = []  # what runs tensors like these of the other alignment, once there were some
+
+    def other_alignment(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Result:
+        if not others:
+            others.append(prepare(q, k, v, out, options)[0])
+        return others[0](q, k, v, out)
 
     return run
 

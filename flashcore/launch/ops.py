@@ -31,12 +31,14 @@ attention_out = torch.ops.flashcore.attention_out.default
 
 def _cuda(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     o = Options(**options)
-    return _both(launcher.prepare(q, k, v, None, o)(q, k, v, None), q)
+    run, _ = launcher.prepare(q, k, v, None, o)
+    return _both(run(q, k, v, None), q)
 
 
 def _cuda_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor, **options: Any) -> Tensor:
     o = Options(**options)
-    return _both(launcher.prepare(q, k, v, out, o)(q, k, v, out), q)[1]
+    run, _ = launcher.prepare(q, k, v, out, o)
+    return _both(run(q, k, v, out), q)[1]
 
 
 def _both(result: launcher.Result, q: Tensor) -> tuple[Tensor, Tensor]:

@@ -41,108 +41,134 @@ class Launch:
         function: the CUfunction.
         tensors: the names of the tensors that `fill` wants the addresses of, in this order.
         fill: (stream, *addresses) -> Packet.
-        context: the CUDA context that the function lives in.
-        direct: whether `call` is the driver's.
+        template: the parameters' layout, or None where `call` is the stand-in.
     """
 
-    __slots__ = ("call", "compiled", "context", "direct", "fill", "function", "tensors")
+    __slots__ = ("call", "fill", "function", "loaded", "template", "tensors")
 
-    def __init__(self, binding: Binding, compiled: Compiled) -> None:
+    def __init__(self, binding: Binding, compiled: Compiled, loaded: driver.Loaded) -> None:
         """Raises UnsupportedError when the grid passes CUDA's limit."""
         if max(binding.grid[1:]) > MAX_GRID_YZ:
             grid = f"a grid of {binding.grid} blocks"
             raise UnsupportedError(f"{grid} passes CUDA's limit of {MAX_GRID_YZ} in its second or third dimension")
-        self.compiled = compiled
-        self.function = compiled.function
-        self.context = driver.current_context()
+        self.loaded = loaded
+        self.function = loaded.function
         self.tensors = tuple(a.tensor for a in runtime(binding) if not isinstance(a, Scalar))
         template = Template(binding, compiled)
-        self.direct = template.fits(driver.parameters(compiled.function))
+        self.template: Template | None = template if template.fits(driver.parameters(loaded.function)) else None
         self.call: Callable[..., int]
         self.fill: Callable[..., Packet]
-        if self.direct:
+        if self.template is not None:
             self.call, self.fill = driver.library().cuLaunchKernelEx, template.fill
         else:
             self.call, self.fill = _call_triton, partial(_fill_for_triton, binding, triton_side.runner(compiled))
 
-    def __call__(self, stream: int, *addresses: int) -> None:
-        """Enqueue the kernel; for callers that launch once."""
-        self.launch(self.fill(stream, *addresses))
-
     def launch(self, packet: Packet) -> None:
         """Enqueue a packet of this launch, in a thread that may never have used CUDA before."""
         status = self.call(packet.config, self.function, packet.parameters, None)
-        if status == driver.INVALID_CONTEXT and driver.current_context() is None and self.context is not None:
-            driver.set_context(self.context)
+        if status == driver.INVALID_CONTEXT and driver.current_context() is None:
+            driver.set_context(self.loaded.context)
             status = self.call(packet.config, self.function, packet.parameters, None)
         if status:
             driver.raise_for(status, "launching attention")
 
 
+_loaded: dict[tuple[Any, ...], tuple[Compiled, driver.Loaded]] = {}
+
+
+def load(binding: Binding, device: int, arch: int, before_compiling: Callable[[], None] = lambda: None) -> Launch:
+    """`binding` compiled and loaded on CUDA device `device`, which must be the current one; one caller at a time.
+
+    Bindings of equal `identity` share one kernel. `before_compiling` is called where something must be compiled or
+    loaded, and may refuse by raising.
+    """
+    key = (device, triton_side.identity(binding))
+    if key not in _loaded:
+        before_compiling()
+        compiled = triton_side.compile_for(binding, arch)
+        loaded = driver.load(
+            compiled.cubin, compiled.name, shared=compiled.shared, threads=compiled.threads, device=device
+        )
+        _loaded[key] = (compiled, loaded)
+    return Launch(binding, *_loaded[key])
+
+
 class Template:
-    """The parameters of a kernel as cuLaunchKernelEx takes them, all but the stream and the tensors' addresses."""
+    """One block of memory with every parameter of a kernel where C would put it, but for the tensors' addresses.
+
+    Attributes:
+        block: the parameters; zero where a tensor goes.
+        offsets: of each parameter in the block.
+        slots: (offset, descriptor encoder or None where the address itself is passed) of each tensor, in order.
+        config: the launch but for its stream.
+        attributes: what `config` points to.
+    """
+
+    __slots__ = ("attributes", "block", "config", "offsets", "sizes", "slots")
 
     def __init__(self, binding: Binding, compiled: Compiled) -> None:
-        self.sizes: list[int] = []  # bytes of each parameter
-        self.tensors: list[tuple[int, Callable[[int], driver.TensorMap] | None]] = []  # (parameter, descriptor encoder)
-        constants: list[tuple[int, bytes]] = []  # (parameter, value)
+        self.offsets: list[int] = []
+        self.sizes: list[int] = []
+        self.slots: list[tuple[int, Callable[[int], driver.TensorMap] | None]] = []
+        block = bytearray()
 
-        def constant(type: str, value: int | float) -> None:
+        def put(value: bytes, alignment: int) -> int:
+            block.extend(bytes(-len(block) % alignment))
+            self.offsets.append(len(block))
+            self.sizes.append(len(value))
+            block.extend(value)
+            return self.offsets[-1]
+
+        def put_number(type: str, value: int | float) -> None:
             packed = struct.pack(_FORMATS[type], value)
-            constants.append((len(self.sizes), packed))
-            self.sizes.append(len(packed))
+            put(packed, len(packed))
 
         encodings = iter(compiled.descriptors)
         for argument in runtime(binding):
             if isinstance(argument, Scalar):
-                constant(argument.type, argument.value)
+                put_number(argument.type, argument.value)
             elif isinstance(argument, Pointer):
-                self.tensors.append((len(self.sizes), None))
-                self.sizes.append(8)
+                self.slots.append((put(bytes(8), 8), None))
             else:
-                self.tensors.append((len(self.sizes), _encoder(argument, next(encodings))))
-                self.sizes.append(driver.TENSOR_MAP_BYTES)
+                offset = put(bytes(driver.TENSOR_MAP_BYTES), driver.TENSOR_MAP_ALIGNMENT)
+                self.slots.append((offset, _encoder(argument, next(encodings))))
                 for size in argument.shape:
-                    constant("i32", size)
+                    put_number("i32", size)
                 for stride in argument.strides:
-                    constant("i64", stride)
-        for _ in ("global scratch", "profile scratch"):  # null: `load` made sure that the kernel uses none
-            constant("i64", 0)
+                    put_number("i64", stride)
+        for _ in ("global scratch", "profile scratch"):  # null: `compile_for` made sure that the kernel uses none
+            put_number("i64", 0)
+        self.block = bytes(block)
 
         metadata = compiled.kernel.metadata
-        self._attributes = driver.launch_attributes(
+        attributes = driver.launch_attributes(
             pdl=metadata.launch_pdl, cooperative=metadata.launch_cooperative_grid, ctas=metadata.num_ctas
         )
-        self._attribute_array = (driver.LaunchAttribute * len(self._attributes))(*self._attributes)
+        self.attributes = (driver.LaunchAttribute * len(attributes))(*attributes)
         gx, gy, gz = binding.grid
-        self._config = driver.LaunchConfig(
-            grid=(gx * metadata.num_ctas, gy, gz), block=(32 * metadata.num_warps, 1, 1), shared=compiled.shared,
-            attributes=ctypes.addressof(self._attribute_array), n_attributes=len(self._attributes),
+        self.config = driver.LaunchConfig(
+            grid=(gx * metadata.num_ctas, gy, gz), block=(compiled.threads, 1, 1), shared=compiled.shared,
+            attributes=ctypes.addressof(self.attributes), n_attributes=len(attributes),
         )  # fmt: skip
-        self._constants = ctypes.create_string_buffer(b"".join(value.ljust(8, b"\0") for _, value in constants))
-        self._parameters = [0] * len(self.sizes)
-        for i, (parameter, _) in enumerate(constants):
-            self._parameters[parameter] = ctypes.addressof(self._constants) + 8 * i
 
     def fits(self, parameters: list[tuple[int, int]] | None) -> bool:
         """Whether the loaded kernel takes just these parameters, by what the driver says of it."""
         return parameters is not None and [size for _, size in parameters] == self.sizes
 
     def fill(self, stream: int, *addresses: int) -> Packet:
-        """The launch on `stream` for tensors at `addresses`."""
-        values = (ctypes.c_uint64 * len(addresses))(*addresses)
-        parameters = (ctypes.c_void_p * len(self._parameters))(*self._parameters)
-        maps = []
-        for i, ((parameter, encode), address) in enumerate(zip(self.tensors, addresses, strict=True)):
+        """The launch on `stream` for tensors at `addresses`, which are in the order of `slots`."""
+        memory = ctypes.create_string_buffer(len(self.block) + driver.TENSOR_MAP_ALIGNMENT)
+        start = driver.aligned(ctypes.addressof(memory))
+        ctypes.memmove(start, self.block, len(self.block))
+        for (offset, encode), address in zip(self.slots, addresses, strict=True):
             if encode is None:
-                parameters[parameter] = ctypes.addressof(values) + 8 * i
+                ctypes.c_uint64.from_address(start + offset).value = address
             else:
-                tensor_map = encode(address)
-                parameters[parameter] = tensor_map.address
-                maps.append(tensor_map)
-        config = driver.LaunchConfig.from_buffer_copy(self._config)
+                ctypes.memmove(start + offset, encode(address).address, driver.TENSOR_MAP_BYTES)
+        parameters = (ctypes.c_void_p * len(self.offsets))(*[start + offset for offset in self.offsets])
+        config = driver.LaunchConfig.from_buffer_copy(self.config)
         config.stream = stream
-        return Packet(ctypes.addressof(config), ctypes.addressof(parameters), (self, config, parameters, values, maps))
+        return Packet(ctypes.addressof(config), ctypes.addressof(parameters), (self, config, parameters, memory))
 
 
 def runtime(binding: Binding) -> list[Pointer | Tma | Scalar]:

@@ -1,0 +1,472 @@
+/* A repeated call of attention() without Python in between.
+
+   The pure-Python path spends its time on asking each tensor for its metadata and on building argument tuples. Here
+   the metadata come through DLPack's exchange interface (torch >= 2.10), calls seen before are found by comparing
+   bytes, and the parameters of the kernel are patched into a copy of a prepared block.
+
+   A call is served only where nothing has to see it: exact tensor types, the thread's dispatch keys as they were when
+   the entry was added, no gradient, no forward-mode level, the context of the tensors' device. Everything else
+   returns None, and the caller goes the Python way. No header but Python's is needed, and libcuda is not linked: all
+   foreign functions arrive as addresses. */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+
+/* -- DLPack 1.x, as dlpack.h lays it out ------------------------------------------------------------------------ */
+
+typedef struct { uint32_t major, minor; } DLVersion;
+typedef struct { int32_t type, id; } DLDevice;
+typedef struct { uint8_t code, bits; uint16_t lanes; } DLDataType;
+typedef struct {
+  void *data;
+  DLDevice device;
+  int32_t ndim;
+  DLDataType dtype;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+} DLTensor;
+typedef struct {
+  DLVersion version;
+  void *previous;
+  void *allocator, *managed_from_py, *managed_to_py; /* not used here */
+  int (*from_py)(void *tensor, DLTensor *out);       /* borrows: valid while the tensor lives unchanged */
+  int (*current_stream)(int32_t device_type, int32_t device_id, void **out);
+} DLExchange;
+enum { DL_CUDA = 2 };
+
+/* -- cuda.h ----------------------------------------------------------------------------------------------------- */
+
+typedef struct { uint32_t id, padding; uint32_t value[16]; } LaunchAttribute;
+typedef struct {
+  uint32_t grid[3], block[3], shared;
+  void *stream;
+  LaunchAttribute *attributes;
+  uint32_t n_attributes;
+} LaunchConfig;
+enum { TENSOR_MAP_BYTES = 128 };
+
+/* -- torch's thread state: c10::impl::raw_local_dispatch_key_set, {included, excluded} ----------------------------- */
+
+typedef struct { uint64_t included, excluded; } DispatchKeys;
+extern __thread DispatchKeys thread_keys __asm__("_ZN3c104impl26raw_local_dispatch_key_setE");
+
+/* -- entries ---------------------------------------------------------------------------------------------------- */
+
+enum {
+  OPTIONS = 11,    /* options of a call, compared by identity first */
+  INPUTS = 3,      /* q, k, v */
+  TENSORS = 5,     /* q, k, v, out, lse */
+  DIMS = 4,
+  MAX_PARAMETERS = 64,
+  MAX_BLOCK = 4096, /* bytes of parameters that a kernel can have */
+  MAX_ATTRIBUTES = 4,
+  MAPS = 64,       /* TMA descriptors kept for one parameter, a power of two */
+  BUCKETS = 256,   /* a power of two */
+  MAX_ENTRIES = 256,
+};
+
+typedef struct { int64_t shape[DIMS], strides[DIMS]; } Look;
+
+typedef struct {
+  uintptr_t address;
+  uint8_t map[TENSOR_MAP_BYTES];
+} CachedMap;
+
+typedef struct {
+  int parameter;     /* its offset in the block, -1 = not passed */
+  PyObject *encode;  /* NULL = passed as an address; else a function: address -> object with .address of a CUtensorMap */
+  CachedMap *maps;
+} Slot;
+
+typedef struct Entry {
+  struct Entry *next;
+  int users, unlinked;      /* calls at work on it; freed by the last one when it is no longer in the table */
+  PyObject *options[OPTIONS];
+  int has_out, has_lse, aligned;
+  Look looks[INPUTS + 1];
+  int64_t span[INPUTS + 1]; /* bytes that a tensor reaches over */
+  DLDataType dtype;
+  DLDevice device;
+  DispatchKeys keys;
+  void *context, *function;
+  LaunchConfig config;
+  LaunchAttribute attributes[MAX_ATTRIBUTES];
+  Slot slots[TENSORS];
+  int n_parameters, block_bytes;
+  uint16_t offsets[MAX_PARAMETERS];
+  uint8_t *block;
+  PyObject *out_size, *out_stride, *out_dtype, *lse_size, *lse_stride, *lse_dtype;
+} Entry;
+
+static Entry *buckets[BUCKETS];
+static int n_entries;
+
+/* -- what `setup` is given ---------------------------------------------------------------------------------------- */
+
+static const DLExchange *exchange;
+static PyTypeObject *tensor_type, *parameter_type;
+static PyObject *empty_strided, *forward_ad, *name_level, *name_requires_grad, *name_address;
+static _Bool (*grad_mode)(void);
+static int (*get_context)(void **);
+static int (*launch_kernel)(const LaunchConfig *, void *, void **, void **);
+
+/* -- looking at a call -------------------------------------------------------------------------------------------- */
+
+static int view(PyObject *tensor, DLTensor *t) {
+  if (Py_TYPE(tensor) != tensor_type && Py_TYPE(tensor) != parameter_type) return 0;
+  if (exchange->from_py(tensor, t)) {
+    PyErr_Clear();
+    return 0;
+  }
+  return t->ndim == DIMS;
+}
+
+static uintptr_t address_of(const DLTensor *t) { return (uintptr_t)t->data + t->byte_offset; }
+
+static unsigned bucket_of(const DLTensor *t, int has_out) {
+  uint64_t h = (uint64_t)has_out;
+  for (int i = 0; i < DIMS; i++) h = (h ^ (uint64_t)t[0].shape[i]) * 0x9E3779B97F4A7C15u;
+  h = (h ^ (uint64_t)t[1].shape[1]) * 0x9E3779B97F4A7C15u;
+  h = (h ^ (uint64_t)t[1].shape[2]) * 0x9E3779B97F4A7C15u;
+  return (unsigned)(h >> 32) & (BUCKETS - 1);
+}
+
+static int looks_like(const DLTensor *t, const Look *look, const Entry *e) {
+  return !memcmp(t->shape, look->shape, sizeof look->shape) && !memcmp(t->strides, look->strides, sizeof look->strides)
+      && !memcmp(&t->dtype, &e->dtype, sizeof e->dtype) && !memcmp(&t->device, &e->device, sizeof e->device);
+}
+
+/* Options are mostly the very objects of the entry: defaults, True, False, interned strings. A scale need not be. */
+static int same_option(PyObject *a, PyObject *b) {
+  if (a == b) return 1;
+  if (PyFloat_CheckExact(a) && PyFloat_CheckExact(b)) return PyFloat_AS_DOUBLE(a) == PyFloat_AS_DOUBLE(b);
+  if (PyLong_CheckExact(a) && PyLong_CheckExact(b)) return PyObject_RichCompareBool(a, b, Py_EQ) == 1;
+  if (PyUnicode_CheckExact(a) && PyUnicode_CheckExact(b)) return PyUnicode_Compare(a, b) == 0;
+  return 0;
+}
+
+static Entry *find(const DLTensor *t, int has_out, PyObject *const *options) {
+  for (Entry *e = buckets[bucket_of(t, has_out)]; e; e = e->next) {
+    if (e->has_out != has_out || memcmp(&e->keys, &thread_keys, sizeof e->keys)) continue;
+    int same = 1;
+    for (int i = 0; same && i < INPUTS + has_out; i++) same = looks_like(&t[i], &e->looks[i], e);
+    for (int i = 0; same && i < OPTIONS; i++) same = same_option(options[i], e->options[i]);
+    if (same) return e;
+  }
+  return NULL;
+}
+
+static int requires_grad(PyObject *tensor) {
+  PyObject *flag = PyObject_GetAttr(tensor, name_requires_grad);
+  if (!flag) PyErr_Clear();
+  Py_XDECREF(flag);
+  return flag != Py_False;
+}
+
+/* Autograd, forward mode and other devices are the Python path's business. */
+static int ordinary(const Entry *e, PyObject *const *tensors, int n) {
+  if (grad_mode())
+    for (int i = 0; i < n; i++)
+      if (requires_grad(tensors[i])) return 0;
+  PyObject *level = PyObject_GetAttr(forward_ad, name_level);
+  long depth = level ? PyLong_AsLong(level) : 0;
+  Py_XDECREF(level);
+  if (depth >= 0 || PyErr_Occurred()) {
+    PyErr_Clear();
+    return 0;
+  }
+  void *context = NULL;
+  return !get_context(&context) && context == e->context;
+}
+
+static int addresses_fit(const Entry *e, const uintptr_t *a) {
+  uintptr_t all = a[0] | a[1] | a[2] | (e->has_out ? a[3] : 0);
+  if ((all % 16 == 0) != e->aligned) return 0;
+  if (e->has_out) /* an overlap is the Python path's to report */
+    for (int i = 0; i < INPUTS; i++)
+      if (a[3] < a[i] + (uintptr_t)e->span[i] && a[i] < a[3] + (uintptr_t)e->span[3]) return 0;
+  return 1;
+}
+
+/* -- launching ---------------------------------------------------------------------------------------------------- */
+
+static PyObject *allocate(PyObject *size, PyObject *stride, PyObject *dtype, uintptr_t *address) {
+  PyObject *arguments[] = {size, stride, dtype};
+  PyObject *tensor = PyObject_Vectorcall(empty_strided, arguments, 3, NULL);
+  DLTensor t;
+  if (!tensor) return NULL;
+  if (exchange->from_py(tensor, &t)) {
+    Py_DECREF(tensor);
+    return NULL;
+  }
+  *address = address_of(&t);
+  return tensor;
+}
+
+/* The descriptor of the tensor at an address. It holds address, shape, strides and box only, so it stays right
+   whichever tensor is there. */
+static const uint8_t *tensor_map(const Slot *slot, uintptr_t address) {
+  CachedMap *cached = &slot->maps[(address >> 9) & (MAPS - 1)]; /* the allocator hands out multiples of 512 */
+  if (cached->address != address) {
+    PyObject *number = PyLong_FromUnsignedLongLong(address);
+    PyObject *map = number ? PyObject_CallOneArg(slot->encode, number) : NULL;
+    PyObject *where = map ? PyObject_GetAttr(map, name_address) : NULL;
+    unsigned long long at = where ? PyLong_AsUnsignedLongLong(where) : 0;
+    if (where && !PyErr_Occurred()) {
+      memcpy(cached->map, (const void *)(uintptr_t)at, TENSOR_MAP_BYTES);
+      cached->address = address;
+    }
+    Py_XDECREF(number);
+    Py_XDECREF(map);
+    Py_XDECREF(where);
+    if (cached->address != address) return NULL;
+  }
+  return cached->map;
+}
+
+static int launch(Entry *e, const uintptr_t *addresses) {
+  /* On the stack: other threads may launch the same entry while the interpreter's lock is released. */
+  _Alignas(64) uint8_t block[MAX_BLOCK];
+  void *parameters[MAX_PARAMETERS];
+  LaunchConfig config = e->config;
+  memcpy(block, e->block, (size_t)e->block_bytes);
+  for (int i = 0; i < TENSORS; i++) {
+    const Slot *slot = &e->slots[i];
+    if (slot->parameter < 0) continue;
+    if (!slot->encode) {
+      memcpy(block + slot->parameter, &addresses[i], sizeof addresses[i]);
+    } else {
+      const uint8_t *map = tensor_map(slot, addresses[i]);
+      if (!map) return -1;
+      memcpy(block + slot->parameter, map, TENSOR_MAP_BYTES);
+    }
+  }
+  for (int i = 0; i < e->n_parameters; i++) parameters[i] = block + e->offsets[i];
+  config.attributes = e->attributes;
+  if (e->device.type == DL_CUDA && exchange->current_stream(DL_CUDA, e->device.id, &config.stream)) return -1;
+  int status;
+  Py_BEGIN_ALLOW_THREADS;
+  status = launch_kernel(&config, e->function, parameters, NULL);
+  Py_END_ALLOW_THREADS;
+  if (status) PyErr_Format(PyExc_RuntimeError, "launching attention: cuLaunchKernelEx gave CUresult %d", status);
+  return status ? -1 : 0;
+}
+
+static void drop(Entry *e);
+
+/* attend(q, k, v, out, *options) -> what attention() returns, or None where the Python path has to serve. */
+static PyObject *attend(PyObject *module, PyObject *const *a, Py_ssize_t n) {
+  (void)module;
+  if (n != INPUTS + 1 + OPTIONS) {
+    PyErr_SetString(PyExc_TypeError, "attend: expected q, k, v, out and the options");
+    return NULL;
+  }
+  DLTensor t[INPUTS + 1];
+  uintptr_t addresses[TENSORS] = {0};
+  int has_out = a[INPUTS] != Py_None;
+  for (int i = 0; i < INPUTS + has_out; i++) {
+    if (!view(a[i], &t[i])) Py_RETURN_NONE;
+    addresses[i] = address_of(&t[i]);
+  }
+  Entry *e = find(t, has_out, a + INPUTS + 1);
+  if (!e || !addresses_fit(e, addresses) || !ordinary(e, a, INPUTS + has_out)) Py_RETURN_NONE;
+
+  PyObject *out, *lse = NULL, *result = NULL;
+  e->users++; /* what follows may let other threads run */
+  out = has_out ? Py_NewRef(a[INPUTS]) : allocate(e->out_size, e->out_stride, e->out_dtype, &addresses[3]);
+  if (out && e->has_lse) lse = allocate(e->lse_size, e->lse_stride, e->lse_dtype, &addresses[4]);
+  if (out && (lse || !e->has_lse) && !launch(e, addresses))
+    result = e->has_lse ? PyTuple_Pack(2, out, lse) : Py_NewRef(out);
+  Py_XDECREF(out);
+  Py_XDECREF(lse);
+  if (--e->users == 0 && e->unlinked) drop(e);
+  return result;
+}
+
+/* -- adding and removing entries ---------------------------------------------------------------------------------- */
+
+static void drop(Entry *e) {
+  for (int i = 0; i < OPTIONS; i++) Py_XDECREF(e->options[i]);
+  for (int i = 0; i < TENSORS; i++) {
+    Py_XDECREF(e->slots[i].encode);
+    PyMem_Free(e->slots[i].maps);
+  }
+  PyObject *owned[] = {e->out_size, e->out_stride, e->out_dtype, e->lse_size, e->lse_stride, e->lse_dtype};
+  for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) Py_XDECREF(owned[i]);
+  PyMem_Free(e->block);
+  PyMem_Free(e);
+}
+
+static PyObject *forget(PyObject *module, PyObject *unused) {
+  (void)module;
+  (void)unused;
+  for (int i = 0; i < BUCKETS; i++)
+    while (buckets[i]) {
+      Entry *e = buckets[i];
+      buckets[i] = e->next;
+      n_entries--;
+      e->unlinked = 1;
+      if (!e->users) drop(e);
+    }
+  Py_RETURN_NONE;
+}
+
+static int read_numbers(PyObject *sequence, int64_t *into, Py_ssize_t most, const char *what) {
+  Py_ssize_t n = PySequence_Size(sequence);
+  if (n > most) PyErr_Format(PyExc_ValueError, "%s: expected at most %zd numbers, got %zd", what, most, n);
+  if (n < 0 || n > most) return -1;
+  for (Py_ssize_t i = 0; i < n; i++) {
+    PyObject *item = PySequence_GetItem(sequence, i);
+    into[i] = item ? PyLong_AsLongLong(item) : 0;
+    Py_XDECREF(item);
+    if (PyErr_Occurred()) return -1;
+  }
+  return (int)n;
+}
+
+static int read_launch(Entry *e, PyObject *grid_block_shared, PyObject *attributes, PyObject *offsets) {
+  int64_t numbers[MAX_PARAMETERS];
+  if (read_numbers(grid_block_shared, numbers, 5, "launch") != 5) return -1;
+  for (int i = 0; i < 3; i++) e->config.grid[i] = (uint32_t)numbers[i];
+  e->config.block[0] = (uint32_t)numbers[3];
+  e->config.block[1] = e->config.block[2] = 1;
+  e->config.shared = (uint32_t)numbers[4];
+  Py_buffer buffer;
+  if (PyObject_GetBuffer(attributes, &buffer, PyBUF_SIMPLE)) return -1;
+  int fits = buffer.len <= (Py_ssize_t)sizeof e->attributes;
+  if (fits) memcpy(e->attributes, buffer.buf, (size_t)buffer.len);
+  e->config.n_attributes = (uint32_t)(buffer.len / (Py_ssize_t)sizeof *e->attributes);
+  PyBuffer_Release(&buffer);
+  if (!fits) PyErr_SetString(PyExc_ValueError, "attributes: too many");
+  if (!fits || (e->n_parameters = read_numbers(offsets, numbers, MAX_PARAMETERS, "offsets")) < 0) return -1;
+  for (int i = 0; i < e->n_parameters; i++) e->offsets[i] = (uint16_t)numbers[i];
+  return 0;
+}
+
+static int read_slots(Entry *e, PyObject *slots) {
+  for (int i = 0; i < TENSORS; i++) {
+    PyObject *slot = PySequence_GetItem(slots, i), *encode;
+    if (!slot) return -1;
+    int ok = PyArg_ParseTuple(slot, "iO", &e->slots[i].parameter, &encode);
+    Py_DECREF(slot);
+    if (!ok) return -1;
+    if (e->slots[i].parameter >= e->block_bytes) {
+      PyErr_SetString(PyExc_ValueError, "slots: a parameter lies outside of the block");
+      return -1;
+    }
+    if (encode != Py_None) {
+      e->slots[i].encode = Py_NewRef(encode);
+      e->slots[i].maps = PyMem_Calloc(MAPS, sizeof *e->slots[i].maps);
+      if (!e->slots[i].maps) {
+        PyErr_NoMemory();
+        return -1;
+      }
+    }
+  }
+  return 0;
+}
+
+/* add(tensors, options, aligned, outputs, context, function, (gx, gy, gz, threads, shared), attributes, block, offsets,
+       slots): serve calls that look like this one from now on. `tensors` is (q, k, v) or (q, k, v, out); `outputs` is
+   (size, stride, dtype, lse size or None, lse stride, lse dtype); `slots` has (offset in the block or -1, encoder or
+   None) for q, k, v, out, lse. */
+static PyObject *add(PyObject *module, PyObject *args) {
+  PyObject *tensors, *options, *outputs, *launch_numbers, *attributes, *offsets, *slots;
+  unsigned long long context, function;
+  const char *block;
+  Py_ssize_t block_bytes;
+  int aligned;
+  if (!PyArg_ParseTuple(args, "O!O!pO!KKOOy#OO", &PyTuple_Type, &tensors, &PyTuple_Type, &options, &aligned,
+                        &PyTuple_Type, &outputs, &context, &function, &launch_numbers, &attributes, &block,
+                        &block_bytes, &offsets, &slots))
+    return NULL;
+  Py_ssize_t n = PyTuple_GET_SIZE(tensors);
+  if (n < INPUTS || n > INPUTS + 1 || PyTuple_GET_SIZE(options) != OPTIONS || PyTuple_GET_SIZE(outputs) != 6
+      || block_bytes > MAX_BLOCK) {
+    PyErr_SetString(PyExc_ValueError, "add: a tuple of the wrong length, or too many parameters");
+    return NULL;
+  }
+  Entry *e = PyMem_Calloc(1, sizeof *e);
+  if (!e) return PyErr_NoMemory();
+  e->has_out = n > INPUTS;
+  e->aligned = aligned;
+  e->keys = thread_keys;
+  e->context = (void *)(uintptr_t)context;
+  e->function = (void *)(uintptr_t)function;
+  e->block_bytes = (int)block_bytes;
+  for (int i = 0; i < OPTIONS; i++) e->options[i] = Py_NewRef(PyTuple_GET_ITEM(options, i));
+  PyObject **kept[] = {&e->out_size, &e->out_stride, &e->out_dtype, &e->lse_size, &e->lse_stride, &e->lse_dtype};
+  for (int i = 0; i < 6; i++) *kept[i] = Py_NewRef(PyTuple_GET_ITEM(outputs, i));
+  e->has_lse = e->lse_size != Py_None;
+  e->block = PyMem_Malloc((size_t)block_bytes + 1);
+  if (!e->block) {
+    drop(e);
+    return PyErr_NoMemory();
+  }
+  memcpy(e->block, block, (size_t)block_bytes);
+  DLTensor t[INPUTS + 1];
+  for (int i = 0; i < (int)n; i++) {
+    if (!view(PyTuple_GET_ITEM(tensors, i), &t[i])) {
+      drop(e);
+      Py_RETURN_FALSE;
+    }
+    int64_t reach = 0;
+    for (int d = 0; d < DIMS; d++) reach += (t[i].shape[d] - 1) * t[i].strides[d];
+    e->span[i] = (reach + 1) * (t[i].dtype.bits / 8);
+    memcpy(e->looks[i].shape, t[i].shape, sizeof e->looks[i].shape);
+    memcpy(e->looks[i].strides, t[i].strides, sizeof e->looks[i].strides);
+  }
+  e->dtype = t[0].dtype;
+  e->device = t[0].device;
+  if (read_launch(e, launch_numbers, attributes, offsets) || read_slots(e, slots)) {
+    drop(e);
+    return NULL;
+  }
+  if (n_entries >= MAX_ENTRIES) Py_XDECREF(forget(module, NULL));
+  Entry **bucket = &buckets[bucket_of(t, e->has_out)];
+  e->next = *bucket;
+  *bucket = e;
+  n_entries++;
+  Py_RETURN_TRUE;
+}
+
+/* setup(exchange capsule, Tensor, Parameter, empty_strided, forward_ad module, grad mode, cuCtxGetCurrent,
+   cuLaunchKernelEx), the last three as addresses. */
+static PyObject *setup(PyObject *module, PyObject *args) {
+  (void)module;
+  PyObject *capsule, *tensor, *parameter, *empty, *level;
+  unsigned long long mode, context, kernel;
+  if (!PyArg_ParseTuple(args, "OO!O!OOKKK", &capsule, &PyType_Type, &tensor, &PyType_Type, &parameter, &empty, &level,
+                        &mode, &context, &kernel))
+    return NULL;
+  const DLExchange *x = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
+  if (!x) return NULL;
+  if (x->version.major != 1 || !x->from_py || !x->current_stream) {
+    PyErr_Format(PyExc_RuntimeError, "DLPack %u.%u: expected 1.x", x->version.major, x->version.minor);
+    return NULL;
+  }
+  exchange = x;
+  tensor_type = (PyTypeObject *)Py_NewRef(tensor);
+  parameter_type = (PyTypeObject *)Py_NewRef(parameter);
+  empty_strided = Py_NewRef(empty);
+  forward_ad = Py_NewRef(level);
+  name_level = PyUnicode_InternFromString("_current_level");
+  name_requires_grad = PyUnicode_InternFromString("requires_grad");
+  name_address = PyUnicode_InternFromString("address");
+  grad_mode = (_Bool(*)(void))(uintptr_t)mode;
+  get_context = (int (*)(void **))(uintptr_t)context;
+  launch_kernel = (int (*)(const LaunchConfig *, void *, void **, void **))(uintptr_t)kernel;
+  if (!name_level || !name_requires_grad || !name_address) return NULL;
+  Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"attend", (PyCFunction)(void *)attend, METH_FASTCALL, NULL},
+    {"add", add, METH_VARARGS, NULL},
+    {"forget", forget, METH_NOARGS, NULL},
+    {"setup", setup, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_flashcore_shim", NULL, -1, methods, NULL, NULL, NULL, NULL};
+PyMODINIT_FUNC PyInit__flashcore_shim(void) { return PyModule_Create(&definition); }

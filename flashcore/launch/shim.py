@@ -1,0 +1,160 @@
+"""The compiled fast path, where this machine can have it: _shim.c, built once with the tools that Triton uses.
+
+It is never needed. Where anything is missing, the pure-Python path in launcher.py serves the same calls, and
+`status` says why. FLASHCORE_SHIM=0 turns it off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from flashcore.launch import driver
+from flashcore.launch.packet import Launch
+from flashcore.launch.torch_private import empty_strided_cuda
+
+_NAME = "_flashcore_shim"
+_TENSORS = ("q", "k", "v", "o", "lse")
+
+attend: Callable[..., Any] | None = None  # (q, k, v, out, *options) -> result or None; None while there is no shim
+_module: Any = None
+_failure: str | None = None  # why the last attempt to load it failed
+
+
+def status() -> str:
+    """One line for `flashcore info`: active, or why not."""
+    if attend is not None:
+        return "active"
+    if _failure is not None:
+        return f"off: {_failure}"
+    missing = _missing()
+    return f"off: {missing}" if missing else "not loaded yet; built at the first call on a GPU"
+
+
+def load() -> bool:
+    """Build the shim, or take it from Triton's cache, and let it serve. Returns whether it does."""
+    global attend, _module, _failure
+    if attend is not None:
+        return True
+    if _failure is not None:
+        return False
+    _failure = _missing()
+    if _failure is None:
+        try:
+            _module = _build()
+            _set_up(_module)
+            attend = _module.attend
+        except Exception as error:  # whatever a compiler, a loader or a file system may say
+            _failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            warnings.warn(f"flashcore: the compiled launch path is off, {_failure}", RuntimeWarning, stacklevel=2)
+    return attend is not None
+
+
+def add(
+    tensors: tuple[Tensor, ...], options: tuple[Any, ...], launch: Launch, *, aligned: bool,
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype,
+    rows: tuple[int, ...] | None, row_strides: tuple[int, ...],
+) -> None:
+    """Let the shim serve calls that look like this one: `tensors` is (q, k, v) or (q, k, v, out)."""
+    template = launch.template
+    if attend is None or template is None:
+        return
+    places = dict(zip(launch.tensors, template.slots, strict=True))
+    slots = tuple(places.get(name, (-1, None)) for name in _TENSORS)
+    config = template.config
+    numbers = (*config.grid, config.block[0], config.shared)
+    outputs = (shape, strides, dtype, rows, row_strides, torch.float32)
+    _module.add(
+        tensors, options, aligned, outputs, launch.loaded.context, launch.function, numbers,
+        bytes(template.attributes), template.block, tuple(template.offsets), slots,
+    )  # fmt: skip
+
+
+def forget() -> None:
+    """Drop every call that was added."""
+    if _module is not None:
+        _module.forget()
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Let the pure-Python path serve meanwhile; for measuring and testing it, not for use by several threads."""
+    global attend
+    before, attend = attend, None
+    try:
+        yield
+    finally:
+        attend = before
+
+
+def _missing() -> str | None:
+    """What this machine lacks for the shim, or None."""
+    if os.environ.get("FLASHCORE_SHIM") == "0":
+        return "FLASHCORE_SHIM=0"
+    if sys.implementation.name != "cpython" or not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return "it needs CPython with its global lock"
+    if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+        return f"it needs torch 2.10 or newer, this is {torch.__version__}"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "Python.h is not installed"
+    if not any(shutil.which(cc) for cc in (os.environ.get("CC", ""), "gcc", "clang") if cc):
+        return "no C compiler was found"
+    return _unsafe_cache()
+
+
+def _unsafe_cache() -> str | None:
+    """Why code must not be loaded from Triton's cache folder, or None."""
+    import triton
+
+    folder = Path(triton.knobs.cache.dir)
+    if not folder.exists():
+        return None  # Triton makes it, for this user
+    found = folder.stat()
+    by_group = found.st_mode & 0o020 and found.st_gid != os.getegid()
+    if found.st_uid != os.geteuid() or found.st_mode & 0o002 or by_group:
+        return f"others can write into the cache folder {folder}"
+    return None
+
+
+def _build() -> Any:
+    from triton.runtime.build import compile_module_from_src
+
+    # Triton's cache is keyed by the source alone, but the shim also depends on what it is built against.
+    source = f"/* {torch.__version__}, {sys.version} */\n" + Path(__file__).with_name("_shim.c").read_text()
+    libraries = [str(Path(torch.__file__).parent / "lib")]
+    return compile_module_from_src(source, _NAME, library_dirs=libraries, libraries=["libc10.so"])
+
+
+def _set_up(
+    module: Any,
+    empty_strided: Callable[..., Tensor] = empty_strided_cuda,
+    get_context: int | None = None,
+    launch_kernel: int | None = None,
+) -> None:
+    """Give the module what it calls: functions of torch and of libcuda, or a test's stand-ins."""
+    torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    grad_mode = _address(torch_cpu.aoti_torch_grad_mode_is_enabled)
+    if get_context is None:
+        get_context = _address(driver.library().cuCtxGetCurrent)
+    if launch_kernel is None:
+        launch_kernel = _address(driver.library().cuLaunchKernelEx)
+    exchange = Tensor.__dlpack_c_exchange_api__
+    module.setup(
+        exchange, Tensor, torch.nn.Parameter, empty_strided, forward_ad, grad_mode, get_context, launch_kernel
+    )  # fmt: skip
+
+
+def _address(function: Any) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
