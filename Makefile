@@ -12,12 +12,13 @@ READY := .venv/.ready
 endif
 TRITONS := $(TRITON_OLDEST:%=.venv-triton/%/.ready) $(TRITON_NEWEST:%=.venv-triton/%/.ready)
 
-.PHONY: help validate test lint clean
+.PHONY: help validate test lint report clean
 
 help:
 	@echo "make validate   is attention correct here, and how many microseconds does a sequence cost?"
 	@echo "make test       the tests; those that need a GPU are skipped where there is none"
 	@echo "make lint       ruff and mypy"
+	@echo "make report     write the documents' figures anew from results/"
 	@echo "make clean      remove what the commands above made"
 
 validate: $(READY)
@@ -29,6 +30,9 @@ test: $(READY) $(TRITONS)
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+report: $(READY)
+	$(PY) -m flashcore.benchmark.report
 
 # With a GPU, the torch that $(PYTHON) already has is used as it is, wherever it lives: a .pth file names its folder.
 # Without one, the pinned pair: see constraints-cpu.txt.
