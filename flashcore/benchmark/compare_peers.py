@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flashcore.benchmark import peers_text, results
 from flashcore.benchmark.isolation import Journal, Writer, supervise
 from flashcore.benchmark.shapes import SEED, SUITES, Shape
@@ -36,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.worker:
         measure(shapes, options, options.worker)
         return 0
+    if not torch.cuda.is_available():
+        print("compare_peers: this measures on a CUDA GPU, and there is none here", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory() as folder:
         journal = options.json.with_suffix(".journal") if options.json else Path(folder) / "journal"
         record = supervised(shapes, options, journal, list(sys.argv[1:] if argv is None else argv))
@@ -60,7 +65,7 @@ def supervised(
         "replays": options.replays,
         "contestants": ["flashcore", *options.peers],
     }
-    header = {"commit": machine.commit(), "protocol": protocol, "shapes": [shape.as_json() for shape in shapes]}
+    header = {"source": machine.source(), "protocol": protocol, "shapes": [shape.as_json() for shape in shapes]}
     if Journal.read(path).header != header:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
@@ -112,8 +117,6 @@ def measure(shapes: Sequence[Shape], options: argparse.Namespace, path: Path) ->
 def _case(
     shape: Shape, options: argparse.Namespace, l2_bytes: int, before: Journal, write: Writer
 ) -> dict[str, Any]:
-    import torch
-
     from flashcore.benchmark import contest, peers
 
     inputs = shape.inputs()

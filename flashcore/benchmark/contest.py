@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -119,8 +119,18 @@ def gpu_clock(
             _require_context()
             failed[at] = kind_of(error)
             continue
-        return {name: results.timing(rounds, calls=counts[name], sets=sets) for name, rounds in times.items()}, failed
+        return {
+            name: results.timing(rounds, calls=counts[name], sets=sets, over_flashcore=_ratio(times, name))
+            for name, rounds in times.items()
+        }, failed
     return {}, failed
+
+
+def _ratio(times: Mapping[str, Sequence[float]], name: str) -> dict[str, Any] | None:
+    """How many times as long as FlashCore in the same rounds, with the interval."""
+    if "flashcore" not in times:
+        return None
+    return asdict(statistics.ratio_interval(times[name], times["flashcore"]))
 
 
 def call_clock(

@@ -53,6 +53,7 @@ class Journal:
             self.at = None
         else:
             self.facts.update(entry)
+            self.at = None
 
     def blamed(self, case: str, who: str) -> str | None:
         """Why `who` is left out of `case`; None when it isn't."""

@@ -8,7 +8,7 @@ from typing import Any
 from flashcore.benchmark.shapes import Shape
 from flashcore.benchmark.terminal import us
 from flashcore.measure import machine
-from flashcore.measure.statistics import Interval, geometric_mean, ratio_interval
+from flashcore.measure.statistics import Interval, geometric_mean
 
 Record = dict[str, Any]
 
@@ -30,10 +30,9 @@ def best_peer(case: Record, clock: str = "gpu_warm") -> str | None:
 
 def ratio(case: Record, clock: str = "gpu_warm") -> Interval | None:
     """How many times as long as FlashCore the best peer takes, with its 95% interval; None without both."""
-    best, ours = best_peer(case, clock), case["contestants"]["flashcore"].get(clock)
-    if best is None or ours is None:
-        return None
-    return ratio_interval(case["contestants"][best][clock]["rounds"], ours["rounds"])
+    best = best_peer(case, clock)
+    found = case["contestants"][best][clock].get("over_flashcore") if best else None
+    return Interval(**found) if found else None
 
 
 def tflops(case: Record, clock: str = "gpu_warm") -> float | None:

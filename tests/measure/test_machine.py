@@ -39,6 +39,17 @@ def test_commit_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     assert machine.commit() is None
 
 
+def test_source_is_the_same_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "measure").mkdir()
+    (tmp_path / "a.py").write_text("1")
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "measure" / "machine.py"))
+    first = machine.source()
+    (tmp_path / "notes.txt").write_text("no code")
+    assert machine.source() == first
+    (tmp_path / "a.py").write_text("2")
+    assert machine.source() != first
+
+
 def test_installed() -> None:
     assert machine.installed("no-such-distribution-as-this") is None
     assert machine.installed("pytest")

@@ -1,0 +1,345 @@
+"""Generates from results/ every figure that the documents state, so that none can differ from its measurement.
+
+    python -m flashcore.benchmark.report            writes
+    python -m flashcore.benchmark.report --check    exit status 1 when a document differs from what would be written
+
+docs/validation/EXPERT_VALIDATION_REPORT.md and PEERS.md are generated whole. In README.md and everywhere else in docs/
+the text between `<!-- results:NAME -->` and `<!-- /results -->` is, by the function of that name in BLOCKS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from flashcore.benchmark import peers_text, results, validation_text
+from flashcore.benchmark.shapes import Shape
+from flashcore.benchmark.terminal import us
+from flashcore.measure import machine
+from flashcore.measure.statistics import geometric_mean
+
+Record = dict[str, Any]
+
+VALIDATION = Path("docs/validation/EXPERT_VALIDATION_REPORT.md")
+PEERS = Path("docs/validation/PEERS.md")
+HEADLINE = "H100"  # whose figures the README states
+MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+_GENERATED = "<!-- Generated from results/ by `python -m flashcore.benchmark.report`; not to be edited. -->"
+
+
+def expected(root: Path) -> dict[Path, str | None]:
+    """Document -> its text as results/ has it; None for one that has nothing to say."""
+    folder = root / "results"
+    texts: dict[Path, str | None] = {
+        root / VALIDATION: _document(validation_report(results.newest(folder, "validation"))),
+        root / PEERS: _document(peers_report(folder)),
+    }
+    for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))):
+        if path.exists() and path not in texts:
+            text = path.read_text(encoding="utf-8")
+            if MARKED.search(text):
+                texts[path] = MARKED.sub(lambda m: m[1] + _block(m[2], folder) + m[3], text)
+    return texts
+
+
+def stale(root: Path) -> list[Path]:
+    """The documents that differ from what `write` would leave."""
+    now = {path: path.read_text(encoding="utf-8") if path.exists() else None for path in expected(root)}
+    return [path for path, text in expected(root).items() if now[path] != text]
+
+
+def write(root: Path) -> list[Path]:
+    """Bring every document up to date; returns those that changed."""
+    changed = stale(root)
+    texts = expected(root)
+    for path in changed:
+        text = texts[path]
+        if text is None:
+            path.unlink()
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    return changed
+
+
+def _document(lines: Iterator[str]) -> str | None:
+    text = "\n".join(lines)
+    return text + "\n" if text else None
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + "|".join(" --- " if i == 0 else " ---: " for i in range(len(header))) + "|"
+    for row in rows:
+        yield "| " + " | ".join(cell.strip() for cell in row) + " |"
+    yield ""
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+# -- the validation ---------------------------------------------------------------------------------------------
+
+
+def validation_report(records: dict[str, Record]) -> Iterator[str]:
+    """docs/validation/EXPERT_VALIDATION_REPORT.md: one part a GPU. No lines without a record."""
+    if not records:
+        return
+    yield _GENERATED
+    yield ""
+    yield "# Expert validation report"
+    yield ""
+    yield (
+        "Nine configurations, H=8, D=64, fp16, each held against the error gates on independent q, k, v and on "
+        "q = k = v before it is timed. `make validate` repeats this on your GPU."
+    )
+    yield ""
+    for gpu, record in sorted(records.items()):
+        yield from _validated(gpu, record)
+    yield "## How to read it"
+    yield ""
+    yield (
+        "**call** is CUDA events around one eager call, synchronised each time: what a caller sees, the launch path "
+        "and the machine's event floor included. **gpu warm** and **gpu cold** are device time, from calls captured in "
+        "a CUDA graph, with inputs that stay in the L2 and with inputs rotated through more than three times its size. "
+        "Absolute figures hold on the machine named above them; between machines compare ratios. A ratio above 1 says "
+        "that the fastest of torch's SDPA backends takes so many times as long as FlashCore."
+    )
+
+
+def _validated(gpu: str, record: Record) -> Iterator[str]:
+    cases = record["cases"]
+    yield f"## {gpu}"
+    yield ""
+    yield from _environment(record)
+    for line in validation_text.verdict(record):
+        yield f"**{line}**\n" if line.startswith("VERDICT") else line.strip()
+    yield ""
+    yield "### Latency (call clock, µs per sequence)"
+    yield ""
+    protocol, floor = record["protocol"], record["event_floor_us"]
+    yield (
+        f"{protocol['trials']:,} trials after {protocol['warmup']} warm-up calls. CUDA events around nothing read "
+        f"{floor['p50']:.2f} µs (P50) and {floor['p99']:.2f} µs (P99) per call on this machine."
+    )
+    yield ""
+    yield from _table(
+        ("Configuration", "Kernel, tile", "P50", "P95", "P99", "P99 / P50", "Target < 5 µs"),
+        [_latency_row(record, case) for case in cases],
+    )
+    yield "### Beside torch's SDPA (µs per call)"
+    yield ""
+    rows = []
+    for case in cases:
+        for clock, title in validation_text.CLOCKS.items():
+            names = ("flashcore", *validation_text.TORCH)
+            figures = [us(validation_text.figure(case, name, clock), 0) for name in names]
+            rows.append((validation_text.label(case), title, *figures, _times(validation_text.ratio(case, clock))))
+    yield from _table(("Configuration", "Clock", "FlashCore", *validation_text.TORCH.values(), "Ratio"), rows)
+    yield "### Correctness"
+    yield ""
+    yield (
+        "Largest difference from torch's SDPA, and the figures of the gates against fp64 with their limits; the "
+        "worse of both kinds of input. `flashcore/testing/gates.py` says how each limit comes about."
+    )
+    yield ""
+    yield from _table(
+        ("Configuration", "Correct", "Largest difference", "Relative Frobenius error", "Largest error", "Worst row"),
+        [_correctness_row(case) for case in cases],
+    )
+
+
+def _environment(record: Record) -> Iterator[str]:
+    e = record["environment"]
+    yield (
+        f"{e['recorded'][:10]}, commit `{(e['commit'] or 'unknown')[:12]}`, driver {e['driver'] or 'unknown'}, "
+        f"CUDA {e['cuda']}, PyTorch {e['torch']}, Triton {e['triton']}, Python {e['python']}; "
+        f"[results/{record['file']}](../../results/{record['file']})."
+    )
+    states = record.get("gpu_states") or [state for case in record["cases"] for state in case["gpu_states"]]
+    if clocks := [state["sm_mhz"] for state in states if "sm_mhz" in state]:
+        held = machine.throttled(states)
+        yield (
+            f"SM clock {min(clocks)} to {max(clocks)} MHz at the samples taken between shapes; "
+            + (f"held back by {', '.join(held)}." if held else "not held back.")
+        )
+    yield ""
+
+
+def _latency_row(record: Record, case: Record) -> tuple[str, ...]:
+    p50, p95, p99 = (validation_text.per_sequence(case, p) for p in ("p50", "p95", "p99"))
+    tail = "-" if p50 is None or p99 is None else f"{p99 / p50:.2f}x"
+    met = "-" if p50 is None else "yes" if validation_text.on_target(record, case) else "no"
+    tile = f"{case['kernel']} {'x'.join(map(str, case['block']))}" if "block" in case else "-"
+    return validation_text.label(case), tile, us(p50), us(p95), us(p99), tail, met
+
+
+def _correctness_row(case: Record) -> tuple[str, ...]:
+    close = case.get("against_torch", {})
+    difference = f"{max(c['max_abs_diff'] for c in close.values()):.1e}" if close else "-"
+    kinds = (case["contestants"]["flashcore"]["errors"], case["same_qkv"]["errors"])
+
+    def worst(name: str) -> str:
+        found = [errors[name] for errors in kinds if name in errors]
+        if not found:
+            return "-"
+        most = max(found, key=lambda f: float(f["value"]) / float(f["limit"]) if f["limit"] else 0.0)
+        return f"{most['value']:.2e} of {most['limit']:.2e}"
+
+    figures = [worst(name) for name in ("frobenius", "max_error", "row_ratio")]
+    return validation_text.label(case), "yes" if case["correct"] else "no", difference, *figures
+
+
+# -- the peers --------------------------------------------------------------------------------------------------
+
+SUITE_TITLES = {
+    "nine": "The nine configurations",
+    "mid": "S = 1024 and 2048",
+    "causal": "Causal",
+    "b1": "One sequence",
+    "dims": "Other head dimensions",
+    "long": "Long sequences: 16k tokens in all",
+}
+
+
+def peers_report(folder: Path) -> Iterator[str]:
+    """docs/validation/PEERS.md: one part a GPU and suite. No lines without a record."""
+    found = {suite: results.newest(folder, "peers", suite=suite) for suite in SUITE_TITLES}
+    gpus = sorted({gpu for records in found.values() for gpu in records})
+    if not gpus:
+        return
+    yield _GENERATED
+    yield ""
+    yield "# FlashCore and its peers"
+    yield ""
+    yield (
+        "Device time in µs per call (calls captured in a CUDA graph; median of interleaved replays), every contestant "
+        "in one process on the same inputs, after the error gate. fp16, H=8, D=64 and no mask unless the row says "
+        "otherwise. The ratio is the best peer's time divided by FlashCore's, with its 95% confidence interval."
+    )
+    yield ""
+    for gpu in gpus:
+        yield f"## {gpu}"
+        yield ""
+        for suite, title in SUITE_TITLES.items():
+            if gpu in found[suite]:
+                yield from _suite(title, found[suite][gpu])
+
+
+def _suite(title: str, record: Record) -> Iterator[str]:
+    yield f"### {title}"
+    yield ""
+    yield from _environment(record)
+    ceilings = record["ceilings"]
+    if ceilings:
+        yield (
+            f"Ceilings measured in the same run: matmul {ceilings['matmul_tflops']:.0f} TFLOP/s, copy inside the L2 "
+            f"{ceilings['l2_copy_tb_s']:.2f} TB/s, through HBM {ceilings['hbm_copy_tb_s']:.2f} TB/s, empty kernel "
+            f"{ceilings['empty_kernel_us']:.2f} µs."
+        )
+        yield ""
+    names = [n for n in record["protocol"]["contestants"] if any(peers_text.figure(c, n) for c in record["cases"])]
+    for clock, warmth in peers_text.CLOCKS.items():
+        values = peers_text.ratios(record, clock)
+        if not values:
+            continue
+        yield (
+            f"Inputs {warmth}: geometric mean {geometric_mean(values):.2f}x, from {min(values):.2f}x to "
+            f"{max(values):.2f}x."
+        )
+        yield ""
+        rows = [_peer_row(case, names, clock, ceilings) for case in record["cases"]]
+        yield from _table(("Shape", *names, "Ratio (95%)", "TFLOP/s", "of matmul"), rows)
+    left = list(peers_text.left_out(record))
+    if left:
+        yield "Without figures:"
+        yield ""
+        yield from (f"- {line}" for line in left)
+        yield ""
+
+
+def _peer_row(case: Record, names: Sequence[str], clock: str, ceilings: Record | None) -> tuple[str, ...]:
+    times, done = peers_text.ratio(case, clock), peers_text.tflops(case, clock)
+    best = peers_text.best_peer(case, clock)
+    figures = [us(peers_text.figure(case, name, clock), 0) for name in names]
+    figures = [f"**{text}**" if name == best else text for name, text in zip(names, figures, strict=True)]
+    interval = "" if times is None or times.low is None else f" ({times.low:.2f} to {times.high:.2f})"
+    share = "-" if done is None or not ceilings else f"{100 * done / ceilings['matmul_tflops']:.0f}%"
+    return (
+        Shape(**case["shape"]).label, *figures, _times(times.value if times else None) + interval,
+        "-" if done is None else f"{done:.0f}", share,
+    )  # fmt: skip
+
+
+# -- blocks inside other documents ------------------------------------------------------------------------------
+
+
+def _headline(records: dict[str, Record]) -> Record | None:
+    return next((record for gpu, record in sorted(records.items()) if HEADLINE in gpu), None)
+
+
+def nine(folder: Path) -> Iterator[str]:
+    """The README's table: what a caller sees, and device time beside the best peer."""
+    validation = _headline(results.newest(folder, "validation"))
+    peers = _headline(results.newest(folder, "peers", suite="nine"))
+    if validation:
+        cases = validation["cases"]
+        medians = [p50 for case in cases if (p50 := validation_text.per_sequence(case, "p50")) is not None]
+        yield (
+            f"{validation['environment']['gpu']}, {validation['environment']['recorded'][:10]}: "
+            f"{sum(case['correct'] for case in cases)} of {len(cases)} configurations correct, "
+            f"{min(medians):.2f} to {max(medians):.2f} µs per sequence at P50 as a caller sees it (H=8, D=64, fp16)."
+            if medians
+            else f"{validation['environment']['gpu']}: no configuration was correct."
+        )
+        yield ""
+    if peers and (warm := peers_text.ratios(peers, "gpu_warm")):
+        cold = peers_text.ratios(peers, "gpu_cold")
+        yield (
+            f"Device time beside the fastest peer of each row (µs per call, inputs warm in the L2; "
+            f"{peers['environment']['recorded'][:10]}). Geometric mean of the ratios: {_times(geometric_mean(warm))}"
+            + (f", with cold inputs {_times(geometric_mean(cold))}." if cold else ".")
+        )
+        yield ""
+        yield from _table(
+            ("Shape", "FlashCore", "Best peer", "which is", "Ratio"), [_nine_row(case) for case in peers["cases"]]
+        )
+
+
+def _nine_row(case: Record) -> tuple[str, ...]:
+    best, found = peers_text.best_peer(case), peers_text.ratio(case)
+    theirs = us(peers_text.figure(case, best) if best else None)
+    ours = us(peers_text.figure(case, "flashcore"))
+    return Shape(**case["shape"]).label, ours, theirs, best or "-", _times(found.value if found else None)
+
+
+BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {"nine": nine}
+
+
+def _block(name: str, folder: Path) -> str:
+    if name not in BLOCKS:
+        raise ValueError(f"<!-- results:{name} -->: expected one of {', '.join(BLOCKS)}")
+    return "".join(line + "\n" for line in BLOCKS[name](folder))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the documents, or with --check say which are stale. Returns 1 when --check found one."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flashcore.benchmark.report", description="Generate the documents' figures from results/."
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when a document is stale")
+    options = parser.parse_args(argv)
+    root = results.ROOT
+    found = stale(root) if options.check else write(root)
+    for path in found:
+        print(f"{path.relative_to(root)} {'differs from results/' if options.check else 'written'}")
+    return int(options.check and bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flashcore.benchmark import compare_peers, peers_text, results, sweep
+from flashcore.benchmark.isolation import Journal, Writer
+from flashcore.benchmark.shapes import NINE, SUITES, Shape
+from flashcore.core.config import Config
+from flashcore.tuning import lookup
+from tests.benchmark import records
+
+PEERS = ("--peers", "sdpa-cudnn", "triton-plain", "fa4", "flex")  # those of the made-up record
+
+
+def text_of(record: dict[str, Any]) -> str:
+    lines = [line for case in record["cases"] for line in peers_text.rows(case, record["protocol"])]
+    return "\n".join([*peers_text.head(record["protocol"]), *lines, *peers_text.rest(record)])
+
+
+def test_rows_name_the_best_peer_and_the_ratio() -> None:
+    text = text_of(records.peers())
+    row = next(line for line in text.splitlines() if line.startswith("S128 B16"))
+    assert row.split()[2:] == ["warm", "10.00", "16.00", "15.00", "-", "20.00", "1.50x", "54", "triton-plain"]
+    assert "warm: the best peer takes 1.500x as long (geometric mean over 9; 1.50x to 1.50x" in text
+    assert "fa4: missing (everywhere): pip install it" in text
+    assert "flex: failed (S128 B8): RuntimeError: no" in text
+
+
+def test_a_failure_of_ours_has_no_ratio_and_no_pass() -> None:
+    record = records.peers()
+    assert peers_text.passed(record)
+    record["cases"][0]["contestants"]["flashcore"] = {"status": "wrong", "reason": "off", "version": "", "errors": {}}
+    assert not peers_text.passed(record)
+    assert peers_text.tflops(record["cases"][0]) is None
+    assert "flashcore: wrong (S128 B8): off" in text_of(record)
+
+
+def test_our_own_kernels_are_no_peers() -> None:
+    case = records.peers()["cases"][0]
+    case["contestants"]["flashcore-portable"] = records.ok(**records.gpu({"gpu_warm": 1.0}))
+    assert peers_text.best_peer(case) == "triton-plain"
+
+
+def options(*argv: str) -> argparse.Namespace:
+    return compare_peers._options(argv)
+
+
+def test_arguments() -> None:
+    assert compare_peers._shapes(options()) == NINE
+    assert compare_peers._shapes(options("--suite", "nine", "mid", "nine")) == [*NINE, *SUITES["mid"]]
+    own = options("--shape", "4,8,100,64", "--causal", "--dtype", "bfloat16")
+    assert compare_peers._shapes(own) == [Shape(4, 8, 100, 64, True, "bfloat16")]
+    assert options("--peers", "fa4", "flex", "fa4").peers == ["fa4", "flex"]
+    for bad in (["--shape", "1,2,3"], ["--shape", "1,2,0,4"], ["--suite", "ten"], ["--peers", "nobody"]):
+        with pytest.raises(SystemExit):
+            options(*bad)
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if not torch.cuda.is_available():
+        assert compare_peers.main([]) == 1 and "none here" in capsys.readouterr().err
+        assert sweep.main([]) == 1 and "none here" in capsys.readouterr().err
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Stands in for the worker process: it finishes the cases that the journal lacks, two of them at a time."""
+    started: list[list[str]] = []
+    cases = {case["case"]: case for case in records.peers()["cases"]}
+
+    def supervise(command: list[str], path: Path, **arguments: Any) -> bool:
+        started.append(command)
+        write = Writer(path)
+        write(environment=records.environment())
+        left = [label for label in cases if label not in Journal.read(path).cases]
+        for label in left[:5]:
+            write(**cases[label])
+            arguments["heard"](cases[label])
+        return len(left) <= 5
+
+    monkeypatch.setattr(compare_peers, "supervise", supervise)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return started
+
+
+def test_an_interrupted_run_is_taken_up_again(worker: list[list[str]], tmp_path: Path) -> None:
+    path = tmp_path / "nine.json"
+    command = ["--json", str(path), "--cold", *PEERS]
+    assert compare_peers.main(command) == 1
+    assert len(results.read(path)["cases"]) == 5 and not results.read(path)["complete"]
+    assert path.with_suffix(".journal").exists()
+    assert compare_peers.main(command) == 0
+    record = results.read(path)
+    assert record["complete"] and len(record["cases"]) == 9 and record["suite"] == "nine"
+    assert not path.with_suffix(".journal").exists()
+    assert worker[0][-2:] == ["--worker", str(path.with_suffix(".journal"))]
+
+
+def test_another_run_starts_from_the_beginning(worker: list[list[str]], tmp_path: Path) -> None:
+    path = tmp_path / "nine.json"
+    compare_peers.main(["--json", str(path), *PEERS])
+    compare_peers.main(["--json", str(path), *PEERS, "--replays", "9"])
+    assert len(results.read(path)["cases"]) == 5
+
+
+def test_shapes() -> None:
+    assert [(s.seqlen, s.batch) for s in NINE] == [(s, b) for s in (128, 256, 512) for b in (8, 16, 32)]
+    assert NINE[0].label == "S128 B8" and NINE[0].flops == 4 * 8 * 8 * 128 * 128 * 64
+    assert Shape(1, 32, 4, 128, True, "bfloat16", 8).label == "S4 B1 H32 KV8 D128 causal bfloat16"
+    assert Shape(1, 1, 4, 8, True).flops == 4 * 10 * 8
+    assert Shape(2, 4, 16, 8, heads_kv=2).input_bytes == 2 * 16 * 8 * 2 * (4 + 2 + 2)
+    assert all(s.batch * s.seqlen == 16384 and s.heads * s.head_dim == 2048 for s in SUITES["long"])
+    for suite in SUITES.values():
+        assert len({shape.label for shape in suite}) == len(suite)
+    json.dumps([shape.as_json() for shape in NINE])
+
+
+def test_inputs_are_the_same_for_the_same_seed() -> None:
+    shape = Shape(1, 4, 8, 16, heads_kv=2)
+    first, again, other = shape.inputs("cpu"), shape.inputs("cpu"), shape.inputs("cpu", seed=7)
+    assert [t.shape[1] for t in first] == [4, 2, 2]
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert not torch.equal(first[1], first[2])
+
+
+def test_a_new_row_replaces_the_one_of_its_problem() -> None:
+    def row(us: float, seqlen: int = 128, is_causal: bool = False) -> lookup.Row:
+        return lookup.Row(
+            "float16", 64, seqlen, seqlen, 64, is_causal, "portable", 64, 64, 4, 2, "", None, us, "gpu", "0" * 40, ""
+        )
+
+    rows = sweep.merged([row(3.0), row(9.0, 256)], [row(2.0), row(1.0, is_causal=True)])
+    assert [(r.is_causal, r.seqlen_q, r.us) for r in rows] == [(False, 128, 2.0), (False, 256, 9.0), (True, 128, 1.0)]
+
+
+def test_sweep_shapes_have_the_heads_asked_for() -> None:
+    found = list(sweep.shapes((8, 12, 256), (128, 65536), (64,), (False, True)))
+    assert {s.batch * s.heads for s in found if s.seqlen == 128} == {8, 12, 256}
+    assert all(s.batch * s.heads * s.seqlen * s.head_dim <= 2**28 for s in found)
+    assert {s.is_causal for s in found} == {False, True}
+
+
+@pytest.mark.gpu
+def test_compare_on_a_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    peers = ["sdpa-flash", "sdpa-cudnn", "triton-plain", "flex"]
+    assert compare_peers.main(["--shape", "8,8,128,64", "--peers", *peers, "--cold", "--json", str(path)]) == 0
+    (case,) = results.read(path)["cases"]
+    assert {name: found["status"] for name, found in case["contestants"].items()} == dict.fromkeys(
+        ["flashcore", *peers], "ok"
+    )
+    assert all(found["gpu_warm"]["us"] < found["gpu_cold"]["us"] * 1.1 for found in case["contestants"].values())
+
+
+@pytest.mark.gpu
+def test_sweep_on_a_gpu(tmp_path: Path) -> None:
+    table = tmp_path / "table.json"
+    arguments = ["--heads", "64", "--seqlens", "128", "--head-dims", "64", "--mask", "full", "--out", str(table)]
+    assert sweep.main(arguments) == 0
+    (row,) = json.loads(table.read_text())["rows"]
+    assert row["seqlen_q"] == 128 and row["us"] > 0
+    assert Config(row["kernel"], *(row[n] for n in ("block_m", "block_n", "num_warps", "num_stages", "schedule")))

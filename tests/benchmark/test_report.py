@@ -1,0 +1,131 @@
+"""Documents follow results/: the repository's own, and ones made of records that never happened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flashcore.benchmark import report, results
+from tests.benchmark import records
+
+README = "# Title\n\n<!-- results:nine -->\n<!-- /results -->\n\nThe end.\n"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(README)
+    results.write(tmp_path / "results" / "validation.json", records.validation())
+    results.write(tmp_path / "results" / "peers.json", records.peers())
+    return tmp_path
+
+
+def test_the_repositorys_documents_say_what_its_results_say() -> None:
+    assert report.stale(results.ROOT) == [], "run python -m flashcore.benchmark.report"
+
+
+def test_documents_are_written_once(root: Path) -> None:
+    written = {path.relative_to(root) for path in report.write(root)}
+    assert written == {Path("README.md"), report.VALIDATION, report.PEERS}
+    assert report.write(root) == [] and report.stale(root) == []
+
+
+def test_an_edited_figure_is_noticed(root: Path) -> None:
+    report.write(root)
+    for document in (root / report.VALIDATION, root / "README.md"):
+        text = document.read_text()
+        document.write_text(text.replace("1.", "7.", 1))
+        assert report.stale(root) == [document]
+        document.write_text(text)
+
+
+def test_a_new_measurement_makes_documents_stale(root: Path) -> None:
+    report.write(root)
+    newer = records.validation(environment=records.environment(recorded="2002-01-01T00:00:00+00:00"))
+    newer["cases"][4]["contestants"]["flashcore"]["call"]["p50"] *= 2
+    results.write(root / "results" / "a-validation.json", newer)
+    assert root / report.VALIDATION in report.stale(root)
+    report.write(root)
+    assert "2002-01-01" in (root / report.VALIDATION).read_text()
+
+
+def test_without_results_nothing_is_said(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(README)
+    assert report.write(tmp_path) == []
+    report_path = tmp_path / report.VALIDATION
+    report_path.parent.mkdir(parents=True)
+    report_path.write_text("figures from nowhere")
+    assert report.stale(tmp_path) == [report_path]
+    report.write(tmp_path)
+    assert not report_path.exists()
+
+
+def test_the_readme_states_the_headline(root: Path) -> None:
+    report.write(root)
+    text = (root / "README.md").read_text()
+    assert text.startswith("# Title") and text.endswith("The end.\n")
+    assert "9 of 9 configurations correct" in text
+    assert "| S128 B8 | 10.00 | 15.00 | triton-plain | 1.50x |" in text
+
+
+def test_a_wrong_configuration_is_stated_and_has_no_speed(tmp_path: Path) -> None:
+    results.write(tmp_path / "results" / "v.json", records.wrong(records.validation()))
+    report.write(tmp_path)
+    text = (tmp_path / report.VALIDATION).read_text()
+    assert "VERDICT: NOT PASSED" in text and "8 of 9 configurations correct" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| S128B8 | portable")]
+    assert row == "| S128B8 | portable 64x64 | - | - | - | - | - |"
+
+
+def test_a_slower_result_is_called_slower(tmp_path: Path) -> None:
+    record = records.validation()
+    for case in record["cases"]:
+        case["contestants"]["flashcore"]["gpu_warm"]["us"] *= 4
+    results.write(tmp_path / "results" / "v.json", record)
+    report.write(tmp_path)
+    assert "gpu warm: 3.20x slower than torch's best SDPA backend" in (tmp_path / report.VALIDATION).read_text()
+
+
+def test_peers_report_has_every_suite_and_every_absence(root: Path) -> None:
+    results.write(root / "results" / "c.json", records.peers("causal", shapes=[]))
+    report.write(root)
+    text = (root / report.PEERS).read_text()
+    assert "### The nine configurations" in text and "### Causal" in text
+    assert "- fa4: missing (everywhere): pip install it" in text
+    assert "- flex: failed (S128 B8): RuntimeError: no" in text
+    assert "1.50x (1.49 to 1.51)" in text or "1.50x (1.50 to 1.50)" in text
+
+
+def test_an_incomplete_run_is_not_reported(tmp_path: Path) -> None:
+    results.write(tmp_path / "results" / "p.json", records.peers(complete=False))
+    assert report.write(tmp_path) == []
+
+
+def test_an_unknown_block_is_an_error(root: Path) -> None:
+    (root / "README.md").write_text("<!-- results:ten -->\n<!-- /results -->\n")
+    with pytest.raises(ValueError, match="results:ten.*expected one of nine"):
+        report.write(root)
+
+
+def test_records_survive_writing(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "r.json"
+    results.write(path, {"kind": "x", "values": [1.23456789, float("inf")], "nested": {"n": 3}, "text": "a [1, 2] b"})
+    assert results.read(path) == {
+        "schema": 1, "kind": "x", "values": [1.23457, None], "nested": {"n": 3}, "text": "a [1, 2] b",
+    }  # fmt: skip
+    assert "[1.23457, null]" in path.read_text() or json.loads(path.read_text())
+    assert [p.name for p in path.parent.iterdir()] == ["r.json"]
+    path.write_text('{"schema": 99}')
+    with pytest.raises(ValueError, match="schema 1"):
+        results.read(path)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "slug"),
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA L4", "l4"), ("NVIDIA A100-SXM4-80GB", "a100"), (None, "no-gpu"),
+     ("Tesla T4", "t4"), ("NVIDIA GeForce RTX 4090", "nvidia-geforce-rtx-4090")],
+)  # fmt: skip
+def test_slug(gpu: str | None, slug: str) -> None:
+    assert results.slug(gpu) == slug
