@@ -14,9 +14,9 @@ ERRORS = {name: {"value": 0.5, "limit": 1.0} for name in ("allclose", "frobenius
 
 def environment(gpu: str = GPU, recorded: str = "2001-01-01T00:00:00+00:00") -> dict[str, Any]:
     return {
-        "recorded": recorded, "commit": "0" * 40, "source": "0" * 16, "python": "3.12.0",
-        "system": "Linux x86_64", "cpu": "made up", "torch": "9.9", "triton": "9.8", "cuda": "9.7", "cudnn": 90000, "driver": "9.6", "gpu": gpu,
-        "capability": [9, 0], "sms": 132, "l2_bytes": 50 * 2**20, "memory_bytes": 80 * 2**30,
+        "recorded": recorded, "commit": "0" * 40, "source": "0" * 16, "python": "3.12.0", "cpu": "made up",
+        "system": "Linux x86_64", "torch": "9.9", "triton": "9.8", "cuda": "9.7", "cudnn": 90000, "driver": "9.6",
+        "gpu": gpu, "capability": [9, 0], "sms": 132, "l2_bytes": 50 * 2**20, "memory_bytes": 80 * 2**30,
     }  # fmt: skip
 
 
