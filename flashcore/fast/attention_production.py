@@ -75,7 +75,9 @@ def attention(
         )  # fmt: skip
         if result is not None:
             return result  # type: ignore[no-any-return]
-    key = ((block_m, block_n, is_causal, scale, return_lse, layout, backend), window, softcap, attn_mask, seqused_k)
+    key = (
+        block_m, block_n, is_causal, scale, return_lse, layout, backend, window, softcap, attn_mask, seqused_k,
+    )  # fmt: skip
     if not (compiling or dispatch_modes() or forward_ad._current_level >= 0):
         try:
             entry = recent.get(key) if out is None else recent_into.get(key)
@@ -93,7 +95,7 @@ def attention(
 def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, key: Key) -> Tensor | tuple[Tensor, Tensor]:
     """A call seen for the first time, or one that something else has to see as an operator."""
     inputs = (q, k, v)
-    options, extras = Options(*key[0]), _extras(*key[1:])
+    options, extras = Options(*key[:7]), _extras(*key[7:])
     if torch.overrides.has_torch_function(inputs):
         override: Any = torch.overrides.handle_torch_function
         return override(attention, inputs, *inputs, out=out, **options._asdict(), **extras)  # type: ignore[no-any-return]
@@ -116,7 +118,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, key: Key) -> Te
         return _operator(q, k, v, out, options)
     if not is_plain():
         if functorch_is_active() and out is None:
-            return _differentiable(q, k, v, options, None)  # type: ignore[no-any-return]
+            return ops.Transformable.apply(q, k, v, options)  # type: ignore[no-untyped-call, no-any-return]
         return _operator(q, k, v, out, options)
     if device not in _KERNEL_DEVICES:
         return _operator(q, k, v, out, options)
@@ -139,13 +141,11 @@ def _with_gradient(run: Run, options: Options) -> Run:
     def call(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Any:
         if not torch.is_grad_enabled():
             return run(q, k, v, out)
-        return None if out is not None else _differentiable(q, k, v, options, run)
+        if out is not None:
+            return None  # refused by what looks at the call next
+        return ops.Differentiable.apply(q, k, v, options, run)  # type: ignore[no-untyped-call]
 
     return call
-
-
-def _differentiable(q: Tensor, k: Tensor, v: Tensor, options: Options, run: Run | None) -> Any:
-    return ops.Differentiable.apply(q, k, v, options, run)  # type: ignore[no-untyped-call]
 
 
 def _operator(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, options: Options) -> Tensor | tuple[Tensor, Tensor]:

@@ -29,6 +29,10 @@ class Options(NamedTuple):
     layout: str = "bhsd"
     backend: str | None = None
 
+    def scale_for(self, head_dim: int) -> float:
+        """The factor of the scores: D ** -0.5 where the caller named none."""
+        return float(head_dim) ** -0.5 if self.scale is None else float(self.scale)
+
 
 def check_tensors(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> None:
     """Refuse what is no tensor.
@@ -103,11 +107,6 @@ def check_extras(
             raise ValueError(_message("seqused_k", f"int32 [{q.shape[b]}]", got))
         if seqused_k.device != q.device:
             raise ValueError(_message("seqused_k", f"q's device, {q.device}", f"{seqused_k.device}"))
-
-
-def default_scale(q: Tensor, scale: float | None) -> float:
-    """The softmax scale of a call: D ** -0.5 where the caller named none."""
-    return float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
 
 
 def output_shape(q: Tensor, v: Tensor) -> tuple[int, ...]:

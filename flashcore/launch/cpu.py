@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashcore.core import target as targets
 from flashcore.core.errors import UnsupportedError
-from flashcore.launch.arguments import Options, default_scale, lse_shape, output_shape, problem_of
+from flashcore.launch.arguments import Options, lse_shape, output_shape, problem_of
 
 
 def forward(
@@ -61,7 +61,7 @@ def interpret(q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: Options) ->
 
     problem = problem_of(q, k, v, out, options)
     config = select(problem, targets.H100, backend="portable", block_m=options.block_m, block_n=options.block_n)
-    binding = portable.bind(problem, config, default_scale(q, options.scale))
+    binding = portable.bind(problem, config, options.scale_for(q.shape[-1]))
     if not compiled.interpreted(binding):
         why = "on CPU tensors it runs only in Triton's interpreter; set TRITON_INTERPRET=1 before the first import"
         raise UnsupportedError("attention on CPU tensors", {"portable": [why]})

@@ -22,6 +22,7 @@ from torch import Tensor
 from flashcore.core import target as targets
 from flashcore.core.config import Config
 from flashcore.core.problem import Problem
+from flashcore.core.target import Target
 from flashcore.launch import cpu, packet, shim
 from flashcore.launch.arguments import (
     ALIGNMENT,
@@ -99,7 +100,7 @@ def remember(
     tensors = (q, k, v) if out is None else (q, k, v, out)
     if kernel is not None and shim.load():
         shim.add(
-            tensors, (*key[0], *key[1:]), kernel.plan.launch, aligned=kernel.aligned,
+            tensors, key, kernel.plan.launch, aligned=kernel.aligned,
             shape=kernel.shape, strides=_contiguous(kernel.shape), dtype=kernel.dtype,
             rows=kernel.rows, row_strides=_contiguous(kernel.rows or ()),
         )  # fmt: skip
@@ -171,7 +172,7 @@ def plan_for(device: int, problem: Problem, options: Options) -> Plan:
         if plan is None:
             target = targets.current(device)
             config = select(problem, target, backend=options.backend, block_m=options.block_m, block_n=options.block_n)
-            binding = bind(problem, config, _scale(problem, options))
+            binding = bind(problem, config, options.scale_for(problem.head_dim), target)
             plan = _plans[key] = Plan(config, packet.load(binding, device, target.arch, _refuse_in_capture), {})
         _plans.move_to_end(key)
         while len(_plans) > MAX_PLANS:
@@ -179,8 +180,9 @@ def plan_for(device: int, problem: Problem, options: Options) -> Plan:
         return plan
 
 
-def bind(problem: Problem, config: Config, scale: float) -> Binding:
+def bind(problem: Problem, config: Config, scale: float, target: Target) -> Binding:
     """The kernel that `config` names, bound to `problem`."""
+    # Imported here: each brings Triton with it.
     if config.kernel == "portable":
         from flashcore.launch import portable
 
@@ -188,12 +190,8 @@ def bind(problem: Problem, config: Config, scale: float) -> Binding:
     if config.kernel == "hopper":
         from flashcore.launch import hopper
 
-        return hopper.bind(problem, config, scale)
+        return hopper.bind(problem, config, scale, target)
     raise ValueError(f"config.kernel: expected 'portable' or 'hopper', got {config.kernel!r}")
-
-
-def _scale(problem: Problem, options: Options) -> float:
-    return float(problem.head_dim) ** -0.5 if options.scale is None else float(options.scale)
 
 
 def _refuse_in_capture() -> None:

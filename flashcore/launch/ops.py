@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flashcore.launch import cpu, launcher
-from flashcore.launch.arguments import Options, check, check_overlap, default_scale, lse_shape, output_shape
+from flashcore.launch.arguments import Options, check, check_overlap, lse_shape, output_shape
 
 _OPTIONS = (
     "*, int? block_m=None, int? block_n=None, bool is_causal=False, float? scale=None, bool return_lse=False,"
@@ -109,7 +109,7 @@ def gradients(
     heads_kv, seqlen_k = kh.shape[1], kh.shape[2]
     qh = qh.unflatten(1, (heads_kv, qh.shape[1] // heads_kv))  # [B, Hkv, group, Sq, D]
     kh, vh = kh.unsqueeze(2), vh.unsqueeze(2)
-    scale = default_scale(q, options.scale)
+    scale = options.scale_for(q.shape[-1])
 
     scores = (qh @ kh.mT) * scale
     if options.is_causal:
@@ -145,27 +145,17 @@ def _restore(gradient: Tensor, of: Tensor, bshd: bool) -> Tensor:
 
 
 class Differentiable(torch.autograd.Function):
-    """attention() of inputs that require grad, in eager mode and under functorch.
+    """attention() of inputs that require grad, in eager mode; `run` computes it.
 
-    The operator has the same gradients registered, but takes longer to get there and functorch can't
-    differentiate it.
+    The operator has the same gradients registered but takes longer to get there.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, options: Options, run: Callable[..., Any] | None) -> Any:
-        result = None if run is None else run(q, k, v, None)
-        if result is None:
-            out, lse = attention(q, k, v, **options._asdict())
-            result = (out, lse) if options.return_lse else out
-        return result
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.options = inputs[3]
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, run: Callable[..., Any]) -> Any:
+        ctx.save_for_backward(q, k, v)
+        ctx.options = options
         ctx.set_materialize_grads(False)
+        return run(q, k, v, None)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
@@ -173,6 +163,28 @@ class Differentiable(torch.autograd.Function):
 
 
 # -- functorch --------------------------------------------------------------------------------------------------
+
+
+class Transformable(torch.autograd.Function):
+    """attention() under functorch, which can't differentiate an operator registered from Python.
+
+    Its separate set-up, which functorch asks for, costs 30 microseconds a call.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Any:
+        out, lse = attention(q, k, v, **options._asdict())
+        return (out, lse) if options.return_lse else out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _save(ctx, inputs[:3], inputs[3]._asdict(), output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        return (*_backward(ctx, grad_out, grad_lse), None)
 
 
 def _vmap(

@@ -93,6 +93,11 @@ def load(binding: Binding, device: int, arch: int, before_compiling: Callable[[]
     return Launch(binding, *_loaded[key])
 
 
+def loaded_kernels() -> int:
+    """How many kernels this process has loaded, over all devices."""
+    return len(_loaded)
+
+
 class Template:
     """One block of memory with every parameter of a kernel where C would put it, but for the tensors' addresses.
 

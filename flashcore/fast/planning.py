@@ -1,0 +1,158 @@
+"""What a call of `attention` is going to do, asked and arranged before it does: `explain` and `warmup`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcore.core import target as targets
+from flashcore.core.config import Config
+from flashcore.core.errors import UnsupportedError
+from flashcore.core.problem import Problem
+from flashcore.core.target import Target
+from flashcore.fast.attention_production import attention
+from flashcore.launch import launcher, packet, shim
+from flashcore.launch.arguments import Options, check, problem_of
+from flashcore.launch.capability import reasons
+from flashcore.launch.compiled import compile_for
+from flashcore.launch.select import KERNELS, select
+
+Shape = Sequence[Any]  # (B, H, S, D), or (q's shape, k's and v's shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Which kernel and tile serve a call, and why no other does. `str()` of it is for people."""
+
+    problem: Problem
+    target: Target | None  # None: CPU tensors
+    config: Config | None  # None: no kernel serves the call
+    refused: dict[str, tuple[str, ...]]  # the other kernels -> their reasons
+    launch: str  # how the host launches it
+
+    def __str__(self) -> str:
+        p, c = self.problem, self.config
+        kind = str(p.dtype).removeprefix("torch.")
+        heads = f"{p.heads_q}" if p.group == 1 else f"{p.heads_q} over {p.heads_kv}"
+        lengths = f"{p.seqlen_q}" if p.seqlen_q == p.seqlen_k else f"{p.seqlen_q} x {p.seqlen_k}"
+        what = f"B={p.batch} H={heads} S={lengths} D={p.head_dim} {kind}{' causal' if p.is_causal else ''}"
+        lines = [f"{what} on {self.target.name if self.target else 'the CPU'}"]
+        if c is None:
+            lines.append("  no kernel serves it")
+        elif c.block_m == 0:
+            lines.append(f"  {c.kernel}")
+        else:
+            schedule = f", schedule {c.schedule}" if c.schedule else ""
+            tile = f"tile {c.block_m} x {c.block_n}, {c.num_warps} warps, {c.num_stages} stages"
+            lines.append(f"  {c.kernel}: {tile}{schedule}; launched by {self.launch}")
+        lines += [f"  not {name}: {'; '.join(why)}" for name, why in self.refused.items()]
+        return "\n".join(lines)
+
+
+def explain(
+    q: Tensor, k: Tensor, v: Tensor, block_m: int | None = None, block_n: int | None = None, *,
+    is_causal: bool = False, scale: float | None = None, return_lse: bool = False, layout: str = "bhsd",
+    out: Tensor | None = None, backend: str | None = None, target: Target | None = None,
+) -> Explanation:
+    """Say which kernel and tile `attention` would use for these arguments, without running anything.
+
+    Args:
+        target: answer for this GPU instead of the tensors' own device, as flashcore.core.target.H100; the tensors
+            may then be anywhere, the meta device included.
+
+    Raises:
+        TypeError, ValueError: as `attention`; a problem that no kernel serves is an answer, not an error.
+    """  # fmt: skip
+    options = Options(block_m, block_n, is_causal, scale, return_lse, layout, backend)
+    check(q, k, v, options, out)
+    problem = problem_of(q, k, v, out, options)
+    if target is None and q.device.type == "cuda":
+        target = targets.current(q.device.index)
+    if target is None or backend == "reference":
+        why = ("chosen by hand",) if backend == "reference" else ("it runs on NVIDIA GPUs, these are CPU tensors",)
+        return Explanation(problem, target, Config("reference", 0, 0, 0, 0), {name: why for name in KERNELS}, "torch")
+    refused = {name: reasons(name, problem, target) for name in KERNELS}
+    try:
+        config = select(problem, target, backend=backend, block_m=block_m, block_n=block_n)
+    except UnsupportedError as error:
+        return Explanation(problem, target, None, error.reasons, "")
+    won = (f"{config.kernel} is " + ("chosen by hand" if backend else "preferred here"),)
+    others = {name: why or won for name, why in refused.items() if name != config.kernel}
+    how = "the compiled shim" if shim.attend is not None else f"Python (shim {shim.status()})"
+    return Explanation(problem, target, config, others, how)
+
+
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """One shape that is ready now."""
+
+    shape: Shape
+    config: Config
+    kernels: int  # that had to be compiled, or fetched from Triton's cache, for it
+    seconds: float
+
+
+def warmup(
+    shapes: Iterable[Shape], *, dtype: torch.dtype = torch.float16, device: torch.device | str | int | None = None,
+    target: Target | None = None, progress: bool = True, **options: Any,
+) -> list[Warmed]:
+    """Compile and load what `attention` needs for contiguous tensors of these shapes, so that no call waits for it.
+
+    Args:
+        shapes: each (B, H, S, D), or ((B, Hq, Sq, D), (B, Hkv, Sk, D)) where k and v differ from q; with
+            layout="bshd" in that order.
+        dtype: of q, k and v.
+        device: the GPU, the current one when None.
+        target: compile for this GPU into Triton's cache and load nothing: needs no GPU, as in a container's build.
+        progress: draw a progress bar on stderr, where it is a terminal and rich is installed.
+        options: block_m, block_n, is_causal, scale, return_lse, layout, backend, as `attention` takes them.
+
+    Returns:
+        What was made ready, in order.
+
+    Raises:
+        As `attention` does, before anything after the offending shape.
+    """  # fmt: skip
+    wanted = Options(**options)
+    done = []
+    for shape in _with_bar(list(shapes), progress):
+        q_shape, k_shape = shape if isinstance(shape[0], Sequence) else (shape, shape)
+        started, kernels = time.perf_counter(), packet.loaded_kernels()
+        if target is not None:
+            q, k, v = (torch.empty(tuple(s), dtype=dtype, device="meta") for s in (q_shape, k_shape, k_shape))
+            check(q, k, v, wanted)
+            problem = problem_of(q, k, v, None, wanted)
+            config = select(
+                problem, target, backend=wanted.backend, block_m=wanted.block_m, block_n=wanted.block_n
+            )
+            binding = launcher.bind(problem, config, wanted.scale_for(problem.head_dim), target)
+            compile_for(binding, target.arch)
+            count = 1
+        else:
+            where = torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device)
+            q, k, v = (torch.zeros(tuple(s), dtype=dtype, device=where) for s in (q_shape, k_shape, k_shape))
+            attention(q, k, v, **wanted._asdict())
+            found = explain(q, k, v, **wanted._asdict()).config
+            assert found is not None  # attention served it
+            config, count = found, packet.loaded_kernels() - kernels
+        done.append(Warmed(shape, config, count, time.perf_counter() - started))
+    return done
+
+
+def _with_bar(items: list[Shape], wanted: bool) -> Iterator[Shape]:
+    if wanted and sys.stderr.isatty():
+        try:
+            from rich.console import Console
+            from rich.progress import track
+        except ImportError:
+            pass
+        else:
+            yield from track(items, description="warm-up", console=Console(stderr=True))
+            return
+    yield from items
