@@ -20,32 +20,39 @@ from flashcore.core.target import Target
 from flashcore.launch.capability import reasons
 from flashcore.tuning import lookup
 
-# (block_m, block_n, num_warps, num_stages) by the padded head dimension.
+# (block_m, block_n, num_warps, num_stages) up to a head dimension.
 # wgmma takes 64 rows a warpgroup, its operands come from shared memory: 4 warps for 64 rows, 8 for 128.
 # Fewer than 64 rows run on mma.sync, also on Hopper.
 _Tiles = dict[int, tuple[tuple[int, int, int, int], ...]]
 _PORTABLE_SM90: _Tiles = {
-    32: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 128, 4, 2), (64, 128, 4, 3),
-         (128, 64, 8, 2), (128, 128, 8, 2), (32, 64, 4, 2), (32, 64, 2, 2), (32, 32, 2, 2), (16, 64, 4, 2)),
-    64: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (64, 128, 4, 2), (64, 128, 4, 3),
-         (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (32, 64, 4, 2), (32, 32, 2, 2), (32, 128, 4, 2),
-         (16, 64, 4, 2), (16, 128, 4, 2)),
-    128: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (64, 128, 8, 2), (128, 64, 8, 2),
-          (128, 64, 8, 3), (128, 128, 8, 2), (32, 64, 4, 2), (32, 32, 2, 2), (16, 64, 4, 2)),
-    256: ((64, 32, 8, 2), (64, 64, 8, 2), (64, 16, 4, 2), (128, 32, 8, 2), (32, 64, 8, 2), (32, 32, 4, 2),
-          (16, 32, 4, 2)),
+    32: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 128, 4, 2), (64, 128, 4, 3), (128, 64, 8, 2),
+         (128, 128, 8, 2), (32, 64, 4, 2), (16, 64, 4, 2)),
+    64: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 128, 4, 2), (64, 128, 4, 3), (128, 64, 8, 2),
+         (128, 64, 8, 3), (128, 128, 8, 2), (32, 64, 4, 2), (32, 128, 4, 2), (16, 64, 4, 2), (16, 128, 4, 2)),
+    96: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3),
+         (128, 128, 8, 2), (32, 32, 2, 2), (16, 64, 4, 2)),
+    128: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3),
+          (128, 128, 8, 2), (32, 32, 2, 2), (16, 64, 4, 2)),
+    192: ((64, 32, 4, 2), (64, 64, 8, 2), (64, 64, 8, 3), (128, 64, 8, 2), (32, 64, 8, 2), (16, 32, 4, 2)),
+    256: ((64, 32, 8, 2), (64, 64, 8, 2), (128, 32, 8, 2), (32, 64, 8, 2), (16, 32, 4, 2)),
 }  # fmt: skip
 # mma.sync reads its accumulators and weights from registers, 16 rows a warp: what fits is smaller. Triton keeps the
 # weights of a chain of products in registers only where a tile has at least as many rows as columns.
 _PORTABLE_SM80: _Tiles = {
-    32: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (128, 32, 4, 2), (128, 64, 8, 2),
-         (128, 128, 8, 2), (32, 64, 4, 2), (32, 32, 2, 2), (16, 64, 4, 2)),
-    64: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (64, 128, 8, 2), (128, 32, 8, 2),
-         (128, 64, 8, 2), (128, 64, 8, 3), (32, 64, 4, 2), (32, 32, 2, 2), (16, 64, 4, 2)),
-    128: ((64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 3),
-          (32, 64, 4, 2), (32, 32, 4, 2)),
+    32: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (128, 32, 4, 2), (128, 64, 8, 2), (128, 128, 8, 2),
+         (32, 64, 4, 2), (16, 64, 4, 2)),
+    64: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 128, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2),
+         (128, 64, 8, 3), (32, 64, 4, 2), (16, 64, 4, 2)),
+    96: ((64, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 3), (128, 32, 8, 2), (128, 32, 8, 3), (32, 32, 4, 2),
+         (16, 64, 4, 2)),
+    128: ((64, 64, 8, 2), (64, 32, 4, 2), (64, 32, 4, 3), (128, 32, 8, 2), (128, 32, 8, 3), (32, 64, 4, 2),
+          (32, 32, 4, 2)),
+    192: ((64, 32, 8, 3), (64, 16, 4, 2), (32, 64, 8, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
     256: ((64, 32, 8, 2), (64, 32, 8, 3), (32, 64, 8, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
 }  # fmt: skip
+
+
+_HEAD_DIMS = tuple(_PORTABLE_SM90)
 
 
 def _portable(problem: Problem, target: Target) -> tuple[Config, ...]:
@@ -55,14 +62,14 @@ def _portable(problem: Problem, target: Target) -> tuple[Config, ...]:
     else:
         tiles, schedule = _PORTABLE_SM80, "split"
     dim = max(problem.head_dim, problem.head_dim_v)
-    fitting = next(tiles[padded] for padded in tiles if dim <= padded)
+    fitting = next(tiles[most] for most in tiles if dim <= most)
     configs = (Config("portable", *tile, schedule) for tile in fitting)
     return tuple(c for c in configs if portable_smem(problem, c, target) <= target.smem_per_block)
 
 
 def portable_smem(problem: Problem, config: Config, target: Target) -> int:
     """Bytes of shared memory that the portable kernel asks for at most: what its compiler does, counted."""
-    d, dv = (max(16, 1 << (dim - 1).bit_length()) for dim in (problem.head_dim, problem.head_dim_v))
+    d, dv = padded(problem.head_dim), padded(problem.head_dim_v)
     wgmma = target.arch >= 90 and config.block_m >= 64
     # A wgmma may still read the tile before the one being computed; mma.sync has it in registers by then.
     tiles = config.num_stages if wgmma else config.num_stages - 1
@@ -70,6 +77,14 @@ def portable_smem(problem: Problem, config: Config, target: Target) -> int:
     weights = 0 if wgmma and config.num_warps * 16 == config.block_m else config.block_m * config.block_n
     reduction = 4 * config.block_m * config.num_warps  # row maxima and sums of warps that share rows
     return 2 * (rows + tiles * config.block_n * (d + dv) + weights) + reduction
+
+
+def padded(dim: int) -> int:
+    """Columns of shared memory that a row of `dim` elements takes: one or two powers of two, at least 16 each."""
+    whole = max(16, 1 << (dim - 1).bit_length())
+    first = max(16, whole // 2)
+    rest = max(16, 1 << max(dim - first - 1, 0).bit_length())
+    return min(whole, first + rest)
 
 
 # Kernel -> its allow-list for a problem and a GPU; in the order in which they are preferred where no row decides.
@@ -87,7 +102,8 @@ def select(
 ) -> Config:
     """The configuration that computes `problem` on `target`.
 
-    A row of the tuning table decides where one speaks for the problem (`tuning.lookup.nearest`), a rule elsewhere.
+    Of the configurations that can, the one in the tuning table's nearest row, where one is near enough
+    (`tuning.lookup.nearest`); elsewhere a rule's.
 
     Args:
         backend: a kernel by name, which then serves or raises; None = any.
@@ -107,10 +123,8 @@ def select(
         tiles = ", ".join(f"{m}x{n}" for m, n in sorted({(c.block_m, c.block_n) for c in allowed}))
         asked = " x ".join("any" if size is None else str(size) for size in (block_m, block_n))
         raise ValueError(f"block_m, block_n: expected one of {tiles} for this problem on {target.name}, got {asked}")
-    row = lookup.nearest(problem, _rows(target))
-    if row is not None and row.config in chosen:
-        return row.config
-    return _by_rule(problem, target, chosen)
+    row = lookup.nearest(problem, (row for row in _rows(target) if row.config in chosen))
+    return row.config if row else _by_rule(problem, target, chosen)
 
 
 def candidates(problem: Problem, target: Target) -> tuple[Config, ...]:
@@ -135,7 +149,7 @@ def _allowed(problem: Problem, target: Target, kernels: Sequence[str]) -> tuple[
 def _rows(target: Target) -> tuple[lookup.Row, ...]:
     """The tuning table's rows for this architecture whose configuration is on the allow-list."""
     rows = lookup.table(target.arch)
-    known = {c for dim in (32, 64, 128, 256) for k in KERNELS for c in _CONFIGS[k](_problem(head_dim=dim), target)}
+    known = {c for dim in _HEAD_DIMS for k in KERNELS for c in _CONFIGS[k](_problem(head_dim=dim), target)}
     unknown = [row.config for row in rows if row.config not in known]
     if unknown:
         warnings.warn(
@@ -150,7 +164,7 @@ def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
 
     Rows: 64, the most that 4 warps hold without sharing rows, so that several blocks share an SM and hide each
     other's loads. 128 where that still leaves two blocks for every SM: K and V then pass L2 half as often. Less
-    where 64 leave SMs idle, or where there are no more query rows.
+    where 64 leave half of the SMs idle, or where there are no more query rows.
     Keys: 64, so that one row's scores and the accumulator fit in registers; 32 at head dimensions above 128.
     """
     heads = p.batch * p.heads_q
@@ -161,7 +175,7 @@ def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
     rows = 64
     if p.seqlen_q >= 256 and blocks(128) >= 2 * target.sms and target.arch < 90:
         rows = 128
-    while rows > 16 and (blocks(rows) < target.sms or rows >= 2 * p.seqlen_q):
+    while rows > 16 and (blocks(rows) <= target.sms // 2 or rows >= 2 * p.seqlen_q):
         rows //= 2
     keys = 64 if max(p.head_dim, p.head_dim_v) <= 128 else 32
 
@@ -180,7 +194,7 @@ def shipped(target: Target) -> Iterator[tuple[Problem, Config]]:
     plain = [_problem(head_dim=dim, seqlen=n) for dim in (32, 64, 80, 128, 256) for n in (128, 512)]
     plain += [_problem(torch.bfloat16, head_dim=64, heads_kv=2, seqlen=512, is_causal=c) for c in (False, True)]
     seen = dict.fromkeys((problem, select(problem, target)) for problem in plain)
-    for dim in (32, 64, 128, 256):
+    for dim in _HEAD_DIMS:
         hardest = _problem(head_dim=dim, seqlen=197, is_causal=True, return_lse=True)
         seen.update(dict.fromkeys((hardest, config) for config in candidates(hardest, target)))
     yield from seen

@@ -29,8 +29,9 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # From so many heads in a batch on, every GPU has several waves of tiles, and more of them change no choice.
 MANY_HEADS = 512
-# A row speaks for problems within this factor of its lengths and its heads.
+# A row speaks for problems within these factors of its lengths and heads, and of its head dimension.
 REACH = 4.0
+REACH_HEAD_DIM = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,31 +76,25 @@ def row(problem: Problem, config: Config, us: float, machine: str, commit: str) 
 
 
 def nearest(problem: Problem, rows: Iterable[Row]) -> Row | None:
-    """The row that speaks for `problem`, or None.
-
-    Only rows of the same mask and the same padded head dimension (a power of two) can. Among them the one nearest in
-    log2 of lengths and heads wins; a head dimension or dtype of its own breaks ties, then the order of the table.
+    """The row that speaks for `problem`, or None: of those with its mask, the one nearest in log2 of both lengths,
+    heads and head dimension, none of them out of reach. A row of the problem's dtype wins a tie, then the first.
     """
-    best: tuple[tuple[float, bool, bool], Row] | None = None
+    best: tuple[tuple[float, bool], Row] | None = None
     for candidate in rows:
-        if candidate.is_causal != problem.is_causal or _padded(candidate.head_dim) != _padded(problem.head_dim):
+        if candidate.is_causal != problem.is_causal:
             continue
+        head_dim = _apart(candidate.head_dim, problem.head_dim)
         apart = (
             _apart(candidate.seqlen_q, problem.seqlen_q),
             _apart(candidate.seqlen_k, problem.seqlen_k),
             _apart(min(candidate.heads, MANY_HEADS), min(problem.batch * problem.heads_q, MANY_HEADS)),
         )
-        if max(apart) > math.log2(REACH):
+        if max(apart) > math.log2(REACH) or head_dim > math.log2(REACH_HEAD_DIM):
             continue
-        other_dtype = DTYPES[candidate.dtype] != problem.dtype
-        distance = (sum(apart), candidate.head_dim != problem.head_dim, other_dtype)
+        distance = (sum(apart) + head_dim, DTYPES[candidate.dtype] != problem.dtype)
         if best is None or distance < best[0]:
             best = distance, candidate
     return best[1] if best else None
-
-
-def _padded(head_dim: int) -> int:
-    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def _apart(a: int, b: int) -> float:
@@ -154,7 +149,7 @@ def _row(index: int, entry: object) -> Row:
             continue
         if type(value) is not kind:  # bool is an int to isinstance
             raise ValueError(f"row {index}: {name}: expected {kind.__name__}, got {value!r}")
-        if kind in (int, float) and not 0 < value < 2**31:  # NaN fails too
+        if kind in (int, float) and not 0 < entry[name] < 2**31:  # NaN fails too
             raise ValueError(f"row {index}: {name}: expected a number above 0 and below 2^31, got {value!r}")
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"row {index}: dtype: expected {' or '.join(DTYPES)}, got {entry['dtype']!r}")
