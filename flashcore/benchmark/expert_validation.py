@@ -125,13 +125,12 @@ def measure(shape: Shape, trials: int, l2_bytes: int, terminal: Terminal) -> dic
     """Gates first, then the clocks, of one configuration."""
     from flashcore.benchmark import contest
     from flashcore.benchmark.peers import OURS, PEERS
-    from flashcore.benchmark.sweep import chosen
+    from flashcore.fast import planning
 
     independent = shape.inputs()
     shared = (independent[0], independent[0].clone(), independent[0].clone())
     peers = {"flashcore": OURS["flashcore"], **{name: PEERS[name] for name in validation_text.TORCH}}
     admissions = {name: contest.admit(peer, shape, independent) for name, peer in peers.items()}
-    config = chosen(*independent, is_causal=shape.is_causal)
     same_qkv = contest.admit(peers["flashcore"], shape, shared)
     found: dict[str, Any] = {
         "shape": shape.as_json(),
@@ -141,7 +140,8 @@ def measure(shape: Shape, trials: int, l2_bytes: int, terminal: Terminal) -> dic
     }
     statuses = {admissions["flashcore"].status, same_qkv.status}
     if statuses <= {"ok", "wrong"}:  # it computed something
-        config = chosen(*independent, is_causal=shape.is_causal)
+        config = planning.explain(*independent, is_causal=shape.is_causal).config
+        assert config is not None
         close = {"independent": closeness(shape, independent), "same_qkv": closeness(shape, shared)}
         found["kernel"], found["block"] = config.kernel, [config.block_m, config.block_n]
         found["against_torch"] = close

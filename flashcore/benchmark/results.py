@@ -15,7 +15,8 @@ from typing import Any
 from flashcore.measure.statistics import Summary, median_interval
 
 SCHEMA = 1
-ROOT = Path(__file__).resolve().parents[2]  # of a checkout; results/ and docs/ are beside the package
+_ABOVE = Path(__file__).resolve().parents[2]
+ROOT = _ABOVE if (_ABOVE / "pyproject.toml").exists() else Path.cwd()  # the checkout, where the package is in one
 FOLDER = ROOT / "results"
 
 

@@ -47,16 +47,6 @@ class Timed:
     us: float  # gpu warm, the median
 
 
-def chosen(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Config:
-    """The configuration that a call of `attention` gets for these tensors on their GPU.
-
-    Raises:
-        UnsupportedError: no kernel serves the call.
-    """
-    problem = problem_of(q, k, v, None, Options(is_causal=is_causal))
-    return select.select(problem, targets.current(q.get_device()))
-
-
 def measure(shape: Shape, report: Callable[[str], object] = lambda text: None) -> tuple[Problem, list[Timed]]:
     """Time every configuration that can compute `shape` on the current GPU, the fastest first.
 
@@ -97,8 +87,8 @@ def measure(shape: Shape, report: Callable[[str], object] = lambda text: None) -
 def _launcher(problem: Problem, config: Config, tensors: dict[str, Tensor]) -> Callable[[], None]:
     """Launches exactly this configuration, on the stream that is current when it is called."""
     device = tensors["q"].get_device()
-    binding = launcher.bind(problem, config, problem.head_dim**-0.5)
-    launch = packet.load(binding, device, targets.current(device).arch)
+    target = targets.current(device)
+    launch = packet.load(launcher.bind(problem, config, problem.head_dim**-0.5, target), device, target.arch)
     addresses = [tensors[name].data_ptr() for name in launch.tensors]
 
     def call() -> None:

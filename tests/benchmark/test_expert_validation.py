@@ -8,15 +8,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from flashcore.benchmark import contest, expert_validation, results, sweep, validation_text, without_gpu
+from flashcore.benchmark import contest, expert_validation, results, validation_text, without_gpu
 from flashcore.benchmark.shapes import NINE, Shape
 from flashcore.benchmark.terminal import Terminal
 from flashcore.core.config import Config
+from flashcore.fast import planning
 from tests.benchmark import records
 
 BENCHMARK = Path(expert_validation.__file__).parent
@@ -101,7 +103,8 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     log: list[str] = []
     inputs = Shape.inputs
     monkeypatch.setattr(Shape, "inputs", lambda self, device="cpu", seed=42: inputs(self, "cpu", seed))
-    monkeypatch.setattr(sweep, "chosen", lambda *_, **__: Config("portable", 64, 32, 4, 2))
+    explanation = SimpleNamespace(config=Config("portable", 64, 32, 4, 2))
+    monkeypatch.setattr(planning, "explain", lambda *_, **__: explanation)
 
     def call_clock(admitted: dict[str, Any], **_: Any) -> dict[str, Any]:
         log.append(f"call {' '.join(admitted)}")
