@@ -55,7 +55,8 @@ def test_a_table_has_times_for_what_is_right_and_reasons_for_the_rest(on_cpu, mo
     case = host.measure(False, blocks=5, calls=5, advance=told.append)
     found = case["contestants"]
     assert {name: each["status"] for name, each in found.items()} == {
-        "sdpa": "ok", "flashcore": "ok", "wrong": "wrong", "absent": "missing", "refusing": "refused", "broken": "failed",
+        "sdpa": "ok", "flashcore": "ok", "wrong": "wrong", "absent": "missing", "refusing": "refused",
+        "broken": "failed",
     }  # fmt: skip
     assert [name for name, each in found.items() if "host" in each] == ["sdpa", "flashcore"]
     assert found["sdpa"]["over_sdpa"]["value"] == 1.0
