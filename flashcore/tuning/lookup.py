@@ -76,29 +76,31 @@ def row(problem: Problem, config: Config, us: float, machine: str, commit: str) 
 
 
 def nearest(problem: Problem, rows: Iterable[Row]) -> Row | None:
-    """The row that speaks for `problem`, or None: of those with its mask, the one nearest in log2 of both lengths,
-    heads and head dimension, none of them out of reach. A row of the problem's dtype wins a tie, then the first.
+    """The row that speaks for `problem`, or None: of those with its mask, the one with the smallest product of the
+    ratios of both lengths, heads and head dimension, none of them out of reach. A row of the problem's dtype wins a
+    tie, then the first.
     """
     best: tuple[tuple[float, bool], Row] | None = None
     for candidate in rows:
         if candidate.is_causal != problem.is_causal:
             continue
-        head_dim = _apart(candidate.head_dim, problem.head_dim)
-        apart = (
-            _apart(candidate.seqlen_q, problem.seqlen_q),
-            _apart(candidate.seqlen_k, problem.seqlen_k),
-            _apart(min(candidate.heads, MANY_HEADS), min(problem.batch * problem.heads_q, MANY_HEADS)),
+        head_dim = _ratio(candidate.head_dim, problem.head_dim)
+        ratios = (
+            _ratio(candidate.seqlen_q, problem.seqlen_q),
+            _ratio(candidate.seqlen_k, problem.seqlen_k),
+            _ratio(min(candidate.heads, MANY_HEADS), min(problem.batch * problem.heads_q, MANY_HEADS)),
         )
-        if max(apart) > math.log2(REACH) or head_dim > math.log2(REACH_HEAD_DIM):
+        if max(ratios) > REACH or head_dim > REACH_HEAD_DIM:
             continue
-        distance = (sum(apart) + head_dim, DTYPES[candidate.dtype] != problem.dtype)
+        distance = (math.prod(ratios) * head_dim, DTYPES[candidate.dtype] != problem.dtype)
         if best is None or distance < best[0]:
             best = distance, candidate
     return best[1] if best else None
 
 
-def _apart(a: int, b: int) -> float:
-    return abs(math.log2(max(a, 1) / max(b, 1)))
+def _ratio(a: int, b: int) -> float:
+    a, b = max(a, 1), max(b, 1)
+    return max(a, b) / min(a, b)
 
 
 @cache

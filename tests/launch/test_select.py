@@ -1,0 +1,175 @@
+"""The choice of kernel and tile: pure, on the allow-list, and the same for the same question."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from flashcore.core.config import Config
+from flashcore.core.errors import UnsupportedError
+from flashcore.core.problem import Problem
+from flashcore.core.target import A100, H100, H200, L4, Target
+from flashcore.launch import select as room
+from flashcore.launch.select import candidates, portable_smem, select, shipped
+from flashcore.tuning import lookup
+from flashcore.tuning.lookup import row
+
+T4 = Target("Tesla T4", (7, 5), 40, 65_536, 65_536, 4 * 2**20)
+TARGETS = (H100, H200, A100, L4)
+
+
+def problem(
+    batch: int = 8, seqlen: int = 128, head_dim: int = 64, *, dtype: torch.dtype = torch.float16, **change: Any
+) -> Problem:
+    strides = (8 * seqlen * head_dim, seqlen * head_dim, head_dim)
+    plain = Problem(
+        dtype, batch, 8, 8, seqlen, seqlen, head_dim, head_dim, strides, strides, strides, strides
+    )  # fmt: skip
+    return dataclasses.replace(plain, **change)
+
+
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[lookup.Row]]:
+    """A tuning table for every architecture, empty until the test fills it."""
+    table: list[lookup.Row] = []
+    monkeypatch.setattr(lookup, "table", lambda arch: tuple(table))
+    room._rows.cache_clear()
+    yield table
+    room._rows.cache_clear()
+
+
+SHAPES = [
+    problem(batch, seqlen, head_dim, is_causal=causal)
+    for batch, seqlen, head_dim, causal in itertools.product(
+        (1, 8, 70_000), (1, 17, 128, 197, 512, 16_384), (8, 64, 80, 96, 128, 160, 256), (False, True)
+    )
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_answer_is_on_the_allow_list_and_fits(target: Target) -> None:
+    for asked in SHAPES:
+        config = select(asked, target)
+        assert config in candidates(asked, target)
+        assert config == select(dataclasses.replace(asked), target)
+        if config.kernel == "portable":
+            assert portable_smem(asked, config, target) <= target.smem_per_block
+
+
+@pytest.mark.parametrize("target", [A100, L4])
+def test_a_rule_serves_where_nothing_was_measured(target: Target, rows: list[lookup.Row]) -> None:
+    def tile(*args: Any, **kwargs: Any) -> tuple[int, int]:
+        config = select(problem(*args, **kwargs), target)
+        return config.block_m, config.block_n
+
+    assert tile(32, 512) == (128, 64)  # plenty of rows: K and V pass L2 half as often
+    assert tile(16, 128) == (64, 64)
+    assert tile(1, 128)[0] < 64  # 16 blocks of 64 rows would leave most SMs idle
+    assert tile(64, 8)[0] == 16  # more rows than there are would be computed for nothing
+    assert tile(32, 512, 256)[1] == 32
+
+
+def test_a_measured_row_decides(rows: list[lookup.Row]) -> None:
+    asked = problem()
+    winner = Config("portable", 64, 128, 4, 3)
+    assert select(asked, H100) != winner
+    rows.append(row(asked, winner, 3.5, H100.name, "0123abc"))
+    room._rows.cache_clear()
+    assert select(asked, H100) == winner
+    assert select(asked, H200) == winner  # tables belong to an architecture
+    assert select(problem(dtype=torch.bfloat16, seqlen=192), H100) == winner
+    assert select(problem(is_causal=True), H100) != winner
+
+
+def test_a_measured_row_yields_to_a_manual_tile(rows: list[lookup.Row]) -> None:
+    rows += [
+        row(problem(), Config("portable", 64, 128, 4, 3), 3.5, H100.name, "0123abc"),
+        row(problem(16), Config("portable", 64, 64, 4, 3), 4.0, H100.name, "0123abc"),
+    ]
+    assert select(problem(), H100, block_n=64) == Config("portable", 64, 64, 4, 3)  # the nearest row with that tile
+    assert select(problem(), H100, block_m=128).block_m == 128
+
+
+def test_a_row_off_the_allow_list_warns_and_is_not_used(rows: list[lookup.Row]) -> None:
+    before = select(problem(), A100)
+    room._rows.cache_clear()
+    for hostile in (
+        Config("portable", 4096, 4096, 32, 9),
+        Config("portable", 64, 64, 4, 2, "split", 16),
+        Config("os.system", 64, 64, 4, 2),
+    ):
+        rows[:] = [row(problem(), hostile, 0.001, H100.name, "0123abc")]
+        room._rows.cache_clear()
+        with pytest.warns(RuntimeWarning, match="1 rows name a configuration that is not on the allow-list"):
+            assert select(problem(), A100) == before
+
+
+def test_the_shipped_table_is_all_on_the_allow_list(recwarn: pytest.WarningsRecorder) -> None:
+    room._rows.cache_clear()
+    assert len(room._rows(H100)) == len(lookup.table(90)) > 0
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_manual_tile_is_taken(target: Target) -> None:
+    for m, n in ((64, 64), (64, 32), (128, 64)):
+        config = select(problem(), target, block_m=m, block_n=n)
+        assert (config.block_m, config.block_n) == (m, n)
+    assert select(problem(), target, block_m=128).block_m == 128
+    assert select(problem(), target, block_n=32).block_n == 32
+
+
+@pytest.mark.parametrize("tile", [(48, 64), (64, 48), (0, 64), (-64, 64), (512, 512), (64, 10**30)])
+def test_an_impossible_tile_says_which_exist(tile: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=rf"64x64.*got {tile[0]} x {tile[1]}"):
+        select(problem(), H100, block_m=tile[0], block_n=tile[1])
+
+
+def test_a_tile_of_another_head_dimension_is_impossible() -> None:
+    select(problem(head_dim=64), H100, block_m=128, block_n=128)
+    with pytest.raises(ValueError, match="for this problem on NVIDIA H100"):
+        select(problem(head_dim=256), H100, block_m=128, block_n=128)
+
+
+def test_an_explicit_backend_serves_or_raises() -> None:
+    assert select(problem(), H100, backend="portable").kernel == "portable"
+    assert select(problem(), H100, backend="reference") == Config("reference", 0, 0, 0, 0)
+    with pytest.raises(UnsupportedError) as refusal:
+        select(problem(dtype=torch.float32), H100, backend="portable")
+    assert set(refusal.value.reasons) == {"portable"}
+    assert "float32" in str(refusal.value)
+    with pytest.raises(ValueError, match="'portable'.*'reference'.*got 'fa9'"):
+        select(problem(), H100, backend="fa9")
+
+
+def test_what_no_kernel_serves_carries_all_reasons() -> None:
+    with pytest.raises(UnsupportedError) as refusal:
+        select(problem(head_dim=260, head_dim_v=8), T4)
+    assert set(refusal.value.reasons) == set(room.KERNELS)
+    assert len(refusal.value.reasons["portable"]) == 2
+    with pytest.raises(UnsupportedError):
+        candidates(problem(head_dim=260), H100)
+
+
+def test_a_gpu_with_little_shared_memory() -> None:
+    tiny = dataclasses.replace(L4, smem_per_block=48 * 1024)
+    most = {c.block_m * c.block_n * c.num_stages for c in candidates(problem(head_dim=128), L4)}
+    assert {c.block_m * c.block_n * c.num_stages for c in candidates(problem(head_dim=128), tiny)} < most
+    with pytest.raises(UnsupportedError, match="shared memory"):
+        select(problem(head_dim=256), dataclasses.replace(L4, smem_per_block=1024))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_ships_covers_every_candidate_and_every_answer(target: Target) -> None:
+    variants = list(shipped(target))
+    assert len(variants) == len(set(variants))
+    compiled = {config for _, config in variants}
+    for asked in SHAPES:
+        assert set(candidates(asked, target)) <= compiled
+    assert {p.dtype for p, _ in variants} == {torch.float16, torch.bfloat16}
+    assert {p.is_causal for p, _ in variants} == {p.return_lse for p, _ in variants} == {False, True}
