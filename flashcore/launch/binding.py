@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+_LOG2E = 1.4426950408889634
+
 
 @dataclass(frozen=True, slots=True)
 class Pointer:
@@ -54,3 +56,12 @@ class Binding:
     args: dict[str, Pointer | Tma | Scalar]  # by parameter name, in the kernel's order
     constexprs: dict[str, Any]  # by parameter name
     options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, maxnreg ...
+
+
+def qk_scale(scale: float) -> float:
+    """What kernels multiply q.k by before exp2: the magnitude of `scale`, whose sign goes to the scores.
+
+    A hidden score is -inf, and -inf * 0 would be NaN. Scores are below 2^40 in magnitude for fp16 inputs, so that a
+    scale of 2^-100 weighs every key alike, exactly as 0 does.
+    """
+    return max(abs(scale) * _LOG2E, 2.0**-100)

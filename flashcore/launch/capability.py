@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -45,4 +47,50 @@ def _portable(p: Problem, target: Target) -> list[str]:
     return why
 
 
-_REASONS: dict[str, Callable[[Problem, Target], list[str]]] = {"portable": _portable}
+# Gluon is experimental: the releases that the tests compile the kernel under.
+TRITON_RELEASES = ("3.6.", "3.7.", "3.8.", "3.9.")
+MAX_HEAD_DIM_HOPPER = 128
+
+
+def _hopper(p: Problem, target: Target) -> list[str]:
+    why: list[str] = []
+    if target.arch != 90:
+        major, minor = target.capability
+        why.append(f"it needs a GPU of compute capability 9.0, {target.name} has {major}.{minor}")
+    if not _triton().startswith(TRITON_RELEASES):
+        tested = ", ".join(f"{release}x" for release in TRITON_RELEASES)
+        why.append(f"it was tested with Triton {tested}, not {_triton() or 'without Triton'}")
+    if p.dtype not in (torch.float16, torch.bfloat16):
+        why.append(f"it computes float16 and bfloat16, not {str(p.dtype).removeprefix('torch.')}")
+    for name, dim in (("q and k", p.head_dim), ("v", p.head_dim_v)):
+        if dim % 8 or not 8 <= dim <= MAX_HEAD_DIM_HOPPER:
+            why.append(f"the head dimension of {name} is {dim}, not a multiple of 8 from 8 to {MAX_HEAD_DIM_HOPPER}")
+    if not p.aligned:
+        why.append("TMA wants every tensor to start at a multiple of 16 bytes")
+    for name, heads, rows, strides in (
+        ("q", p.heads_q, p.seqlen_q, p.stride_q), ("k", p.heads_kv, p.seqlen_k, p.stride_k),
+        ("v", p.heads_kv, p.seqlen_k, p.stride_v), ("out", p.heads_q, p.seqlen_q, p.stride_o),
+    ):  # fmt: skip
+        used = [s for size, s in zip((p.batch, heads, rows), strides, strict=True) if size > 1]
+        if any(s <= 0 or s % 8 or s >= 2**39 for s in used):
+            why.append(f"TMA wants positive strides that are multiples of 16 bytes, {name} has {strides}")
+    if p.seqlen_k == 0:
+        why.append("there are no keys to read")
+    if max(p.seqlen_q, p.seqlen_k) > MAX_LENGTH:
+        why.append(f"it computes at most {MAX_LENGTH:,} rows and keys a sequence")
+    if max(p.heads_q, p.batch, -(-p.seqlen_q // 64)) > MAX_GRID_YZ:
+        why.append(f"it computes at most {MAX_GRID_YZ:,} heads, sequences and tiles of 64 query rows")
+    return why
+
+
+@cache
+def _triton() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return ""
+
+
+_REASONS: dict[str, Callable[[Problem, Target], list[str]]] = {
+    "hopper": _hopper, "portable": _portable
+}  # fmt: skip

@@ -82,7 +82,7 @@ def check(problem: Problem, config: Config, target: Target) -> Check:
         with contextlib.redirect_stdout(sys.stderr):  # where ptxas fails, Triton prints the whole assembly
             from flashcore.launch import compiled, launcher
 
-            binding = launcher.bind(problem, config, problem.head_dim**-0.5)
+            binding = launcher.bind(problem, config, problem.head_dim**-0.5, target)
             code = compiled.compile_for(binding, target.arch)
         shared = code.shared
         registers, spills = resources(code.cubin)

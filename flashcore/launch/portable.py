@@ -10,10 +10,10 @@ from triton.runtime.interpreter import InterpretedFunction
 from flashcore.core.config import Config
 from flashcore.core.problem import Problem
 from flashcore.kernels.portable.attention import attention_forward
-from flashcore.launch.binding import Binding, Pointer, Scalar
+from flashcore.launch.binding import Binding, Pointer, Scalar, qk_scale
 
-_LOG2E = 1.4426950408889634
 _MAX_GRID_Z = 65_535
+_FAR = 2**31 - 256  # elements from a tile's first row on, where the columns' part no longer fits 32 bits
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -30,13 +30,11 @@ def bind(problem: Problem, config: Config, scale: float) -> Binding:
     args: dict[str, Any] = {name: Pointer(name, kind, p.aligned) for name in strides}
     if p.return_lse:
         args["lse"] = Pointer("lse", "*fp32", True)
-    args["qk_scale"] = Scalar("fp32", _qk_scale(scale))
+    args["qk_scale"] = Scalar("fp32", qk_scale(scale))
     for name, (batch, head, row) in strides.items():
-        axis = "n" if name in "kv" else "m"
-        tile = config.block_n if name in "kv" else config.block_m
         args[f"stride_{name}b"] = Scalar("i64", batch // unit)
         args[f"stride_{name}h"] = Scalar("i64", head // unit)
-        args[f"stride_{name}{axis}"] = Scalar("i32" if tile * abs(row) + 256 < 2**31 else "i64", row // unit)
+        args[f"stride_{name}{'n' if name in 'kv' else 'm'}"] = Scalar("i64", row // unit)
     args["heads"] = Scalar("i32", p.heads_q)
     args["seqlen_q"] = Scalar("i32", p.seqlen_q)
     args["seqlen_k"] = Scalar("i32", p.seqlen_k)
@@ -47,7 +45,8 @@ def bind(problem: Problem, config: Config, scale: float) -> Binding:
     constexprs |= {
         "HEAD_DIM": p.head_dim, "HEAD_DIM_V": p.head_dim_v, "GROUP": p.group, "CAUSAL": p.is_causal,
         "EVEN_M": p.seqlen_q % config.block_m == 0, "EVEN_N": p.seqlen_k % config.block_n == 0,
-        "STRIDE_UNIT": unit, "FOLD_BATCH": fold, "SPLIT": config.schedule == "split", "NEGATE_Q": scale < 0,
+        "STRIDE_UNIT": unit,
+        "WIDE": max(config.block_m, config.block_n) * max(row for *_, row in strides.values()) >= _FAR, "FOLD_BATCH": fold, "SPLIT": config.schedule == "split", "NEGATE_Q": scale < 0,
         "EMULATED": p.dtype == torch.bfloat16 and isinstance(attention_forward, InterpretedFunction),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_D": d[0], "REST_D": d[1], "BLOCK_DV": dv[0], "REST_DV": dv[1],
@@ -76,9 +75,3 @@ def stride_unit(problem: Problem) -> int:
     """How many elements one unit of a stride stands for: 8 (16 bytes) when every stride is a multiple of it."""
     p = problem
     return 8 if all(s % 8 == 0 for s in (*p.stride_q, *p.stride_k, *p.stride_v, *p.stride_o)) else 1
-
-
-def _qk_scale(scale: float) -> float:
-    # A hidden score is -inf, and -inf * 0 would be NaN. Scores are below 2^40 in magnitude for fp16 inputs, so
-    # that a scale of 2^-100 weighs every key alike, exactly as 0 does.
-    return max(abs(scale) * _LOG2E, 2.0**-100)

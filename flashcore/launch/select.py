@@ -10,6 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import product
 
 import torch
 
@@ -23,7 +24,8 @@ from flashcore.tuning import lookup
 # (block_m, block_n, num_warps, num_stages) up to a head dimension.
 # wgmma takes 64 rows a warpgroup, its operands come from shared memory: 4 warps for 64 rows, 8 for 128.
 # Fewer than 64 rows run on mma.sync, also on Hopper.
-_Tiles = dict[int, tuple[tuple[int, int, int, int], ...]]
+_Tile = tuple[int, int, int, int]
+_Tiles = dict[int, tuple[_Tile, ...]]
 _PORTABLE_SM90: _Tiles = {
     32: ((64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (64, 128, 4, 2), (64, 128, 4, 3), (128, 64, 8, 2),
          (128, 128, 8, 2), (32, 64, 4, 2), (16, 64, 4, 2)),
@@ -87,8 +89,44 @@ def padded(dim: int) -> int:
     return min(whole, first + rest)
 
 
+# (block_m, block_n, num_warps, registers a thread) by the padded head dimension: plain ones, and those for problems
+# that hide some scores, which takes a few registers more. 128 registers let 16 warps share an SM, 168 let 12, 255 let 8.
+_HOPPER: dict[int, tuple[tuple[_Tile, ...], tuple[_Tile, ...]]] = {
+    32: (((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128)),
+         ((64, 64, 4, 96), (64, 128, 4, 168))),
+    64: (((64, 128, 4, 128), (128, 128, 8, 128), (64, 64, 4, 96), (64, 256, 4, 255)),
+         ((64, 64, 4, 128), (64, 128, 4, 168), (128, 64, 8, 128))),
+    128: (((64, 64, 4, 168), (64, 128, 4, 168), (64, 128, 4, 255), (128, 128, 8, 255)),
+          ((64, 64, 4, 168), (64, 128, 4, 255), (128, 128, 8, 255))),
+}  # fmt: skip
+
+
+def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
+    """The Hopper kernel's configurations, each as blocks that take one tile and as blocks that stay for several."""
+    dim = max(problem.head_dim, problem.head_dim_v)
+    plain, masked = next((_HOPPER[padded] for padded in _HOPPER if dim <= padded), ((), ()))
+    configs = []
+    for tile, schedule in product(dict.fromkeys((*plain, *masked)), ("", "persistent")):
+        m, n, warps, registers = tile
+        hides = problem.is_causal or problem.seqlen_k % n != 0
+        single = problem.seqlen_k <= n
+        if tile not in (masked if hides and not single else plain):
+            continue
+        if schedule and not _counts(problem, m):
+            continue
+        configs.append(Config("hopper", m, n, warps, 1, schedule, registers))
+    return tuple(configs)
+
+
+def _counts(p: Problem, block_m: int) -> bool:
+    """Whether a persistent block finds its items by 32-bit reciprocals, which are exact while products fit."""
+    pairs = p.batch * p.heads_q
+    row_tiles = -(-p.seqlen_q // block_m)
+    return (pairs * row_tiles + 2**12) * max(pairs, row_tiles) < 2**32
+
+
 # Kernel -> its allow-list for a problem and a GPU; in the order in which they are preferred where no row decides.
-_CONFIGS: dict[str, Callable[[Problem, Target], tuple[Config, ...]]] = {"portable": _portable}
+_CONFIGS: dict[str, Callable[[Problem, Target], tuple[Config, ...]]] = {"hopper": _hopper, "portable": _portable}
 KERNELS: tuple[str, ...] = tuple(_CONFIGS)
 
 
@@ -147,21 +185,31 @@ def _allowed(problem: Problem, target: Target, kernels: Sequence[str]) -> tuple[
 
 @cache
 def _rows(target: Target) -> tuple[lookup.Row, ...]:
-    """The tuning table's rows for this architecture whose configuration is on the allow-list."""
+    """The tuning table's rows for this architecture whose configuration is on the allow-list of their own problem."""
     rows = lookup.table(target.arch)
-    known = {c for dim in _HEAD_DIMS for k in KERNELS for c in _CONFIGS[k](_problem(head_dim=dim), target)}
-    unknown = [row.config for row in rows if row.config not in known]
-    if unknown:
+    known = tuple(row for row in rows if row.kernel in KERNELS and row.config in _listed(row, target))
+    if len(known) < len(rows):
+        first = next(row.config for row in rows if row not in known)
         warnings.warn(
-            f"tuning table for sm_{target.arch}: {len(unknown)} rows name a configuration that is not on the"
-            f" allow-list and are not used, the first is {unknown[0]}", RuntimeWarning, stacklevel=2
+            f"tuning table for sm_{target.arch}: {len(rows) - len(known)} rows name a configuration that is not on the"
+            f" allow-list and are not used, the first is {first}", RuntimeWarning, stacklevel=2
         )  # fmt: skip
-    return tuple(row for row in rows if row.config in known)
+    return known
+
+
+def _listed(row: lookup.Row, target: Target) -> tuple[Config, ...]:
+    dtype = lookup.DTYPES[row.dtype]
+    p = _problem(
+        dtype, head_dim=row.head_dim, batch=row.heads, heads=1, seqlen_q=row.seqlen_q, seqlen_k=row.seqlen_k,
+        is_causal=row.is_causal,
+    )  # fmt: skip
+    return () if reasons(row.kernel, p, target) else _CONFIGS[row.kernel](p, target)
 
 
 def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
-    """The configuration whose tile is nearest to what the shape asks for; the first in the list among equals.
+    """The Hopper kernel's first configuration where it serves, as blocks that stay where not all fit on the GPU.
 
+    Of the portable kernel the tile nearest to what the shape asks for; the first in the list among equals.
     Rows: 64, the most that 4 warps hold without sharing rows, so that several blocks share an SM and hide each
     other's loads. 128 where that still leaves two blocks for every SM: K and V then pass L2 half as often. Less
     where 64 leave half of the SMs idle, or where there are no more query rows.
@@ -172,6 +220,10 @@ def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
     def blocks(rows: int) -> int:
         return -(-p.seqlen_q // rows) * heads
 
+    ours = [c for c in configs if c.kernel == "hopper"]
+    if ours:
+        stays = "persistent" if blocks(64) > 4 * target.sms and p.seqlen_k > 128 else ""
+        return next((c for c in ours if c.schedule == stays), ours[0])
     rows = 64
     if p.seqlen_q >= 256 and blocks(128) >= 2 * target.sms and target.arch < 90:
         rows = 128
@@ -188,33 +240,38 @@ def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
 def shipped(target: Target) -> Iterator[tuple[Problem, Config]]:
     """Every variant that is compiled before a release, for this GPU.
 
-    Each configuration of the allow-list with what makes the largest code (causal, lengths that no tile divides,
-    lse), and what `select` answers for plain problems.
+    What `select` answers for plain problems, and each configuration of the allow-list with what makes its largest
+    code: causal with lengths that no tile divides and lse, or else the most that it serves.
     """
-    plain = [_problem(head_dim=dim, seqlen=n) for dim in (32, 64, 80, 128, 256) for n in (128, 512)]
-    plain += [_problem(torch.bfloat16, head_dim=64, heads_kv=2, seqlen=512, is_causal=c) for c in (False, True)]
-    seen = dict.fromkeys((problem, select(problem, target)) for problem in plain)
+    plain = [_problem(head_dim=dim, seqlen_q=n) for dim in (32, 64, 80, 128, 256) for n in (128, 512)]
+    plain += [_problem(torch.bfloat16, head_dim=64, heads_kv=2, seqlen_q=512, is_causal=c) for c in (False, True)]
+    yield from dict.fromkeys((problem, select(problem, target)) for problem in plain)
     for dim in _HEAD_DIMS:
-        hardest = _problem(head_dim=dim, seqlen=197, is_causal=True, return_lse=True)
-        seen.update(dict.fromkeys((hardest, config) for config in candidates(hardest, target)))
-    yield from seen
+        largest: dict[Config, Problem] = {}
+        for seqlen, is_causal in ((197, True), (64, True), (512, False)):
+            problem = _problem(head_dim=dim, seqlen_q=seqlen, is_causal=is_causal, return_lse=True)
+            for config in candidates(problem, target):
+                largest.setdefault(config, problem)
+        yield from ((problem, config) for config, problem in largest.items())
 
 
 def _problem(
     dtype: torch.dtype = torch.float16,
     *,
     head_dim: int = 64,
-    heads_kv: int = 8,
-    seqlen: int = 128,
+    batch: int = 8,
+    heads: int = 8,
+    heads_kv: int | None = None,
+    seqlen_q: int = 128,
+    seqlen_k: int | None = None,
     is_causal: bool = False,
     return_lse: bool = False,
 ) -> Problem:
-    """Eight query heads in a batch of eight, contiguous."""
-
-    def strides(heads: int) -> tuple[int, int, int]:
-        return heads * seqlen * head_dim, seqlen * head_dim, head_dim
-
+    """A contiguous problem; keys as queries where nothing else is said."""
+    heads_kv, seqlen_k = heads_kv or heads, seqlen_k or seqlen_q
+    rows = heads * seqlen_q * head_dim, seqlen_q * head_dim, head_dim
+    keys = heads_kv * seqlen_k * head_dim, seqlen_k * head_dim, head_dim
     return Problem(
-        dtype, 8, 8, heads_kv, seqlen, seqlen, head_dim, head_dim, strides(8), strides(heads_kv), strides(heads_kv),
-        strides(8), is_causal=is_causal, return_lse=return_lse,
+        dtype, batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim, rows, keys, keys, rows,
+        is_causal=is_causal, return_lse=return_lse,
     )  # fmt: skip

@@ -61,11 +61,10 @@ def _key_tiles(row, seqlen_k, shift, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexp
 def _hide(s, row, key, seqlen_k, shift, CAUSAL: gl.constexpr):
     """-inf for keys past the end and, causal, to the right of the diagonal that ends in the bottom right corner."""
     layout: gl.constexpr = s.type.layout
-    keys = key + gl.arange(0, s.shape[1], gl.SliceLayout(0, layout))
-    hidden = keys[None, :] >= seqlen_k
+    end = gl.full([s.shape[0]], seqlen_k - key, gl.int32, gl.SliceLayout(1, layout))  # first hidden column of a row
     if CAUSAL:
-        rows = row + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout))
-        hidden = hidden | (keys[None, :] > rows[:, None] + shift)
+        end = gl.minimum(end, row + shift + 1 - key + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout)))
+    hidden = gl.arange(0, s.shape[1], gl.SliceLayout(0, layout))[None, :] >= end[:, None]
     return gl.where(hidden, -float("inf"), s)
 
 
