@@ -158,7 +158,8 @@ def measure(shape: Shape, trials: int, l2_bytes: int, terminal: Terminal) -> dic
         for name, timing in timed.items():
             found["contestants"][name][clock] = timing
         for name, why in failed.items():
-            found["contestants"][name][f"{clock}_failed"] = why
+            found["contestants"][name] |= {"status": "failed", "reason": f"{clock}: {why}"}
+            found["correct"] &= name != "flashcore"
     return found
 
 

@@ -47,17 +47,18 @@ def test_compiles_for_hopper(shape: Shape) -> None:
     from flashcore.benchmark.peers import triton_plain
 
     kernel = triton_plain._kernel
-    options = triton_plain.arguments(shape)
-    scale = options.pop("qk_scale")
+    constants = triton_plain.arguments(shape)
+    scale = constants.pop("qk_scale")
     assert isinstance(scale, float)
     pointers = dict.fromkeys(kernel.arg_names[:4], "*fp16")
     source = ASTSource(
         kernel,
-        {**pointers, "qk_scale": "fp32", **dict.fromkeys(options, "constexpr")},
-        options,
+        {**pointers, "qk_scale": "fp32", **dict.fromkeys(constants, "constexpr")},
+        constants,
         {(i,): [["tt.divisibility", 16]] for i in range(4)},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "num_stages": 2})
+    options = {**triton_plain.OPTIONS, "num_stages": 2}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert "wgmma.mma_async" in compiled.asm["ptx"]
     assert compiled.metadata.shared <= 232_448
 

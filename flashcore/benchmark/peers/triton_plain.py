@@ -21,6 +21,7 @@ from flashcore.measure.clocks import Contestant, gpu_times
 from flashcore.measure.statistics import median
 
 STAGES = (1, 2, 3)
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # fusion named, because its default differs between releases
 
 
 def forward(  # type: ignore[no-untyped-def]
@@ -105,7 +106,7 @@ def grid(shape: Shape) -> tuple[int, int, int]:
 
 def _launcher(shape: Shape, stages: int, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
     options = arguments(shape)
-    compiled = _kernel[grid(shape)](q, k, v, torch.empty_like(q), **options, num_warps=4, num_stages=stages)
+    compiled = _kernel[grid(shape)](q, k, v, torch.empty_like(q), **options, **OPTIONS, num_stages=stages)
     launch, rest = compiled[grid(shape)], tuple(options.values())
 
     def call() -> Tensor:
