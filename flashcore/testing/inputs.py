@@ -288,7 +288,8 @@ class Guarded:
         b, h, s, d = shape
         gap = 8 if layout == "padded" else 0
         order = (b, s, h, d) if layout == "bshd" else (b, h, s, d)
-        strides = [order[1] * order[2] * (d + gap), order[2] * (d + gap), d + gap, 1]
+        rows = [max(1, n) for n in order[1:3]]  # torch, too, counts an empty dimension as 1
+        strides = [rows[0] * rows[1] * (d + gap), rows[1] * (d + gap), d + gap, 1]
         if layout == "bshd":
             strides[1], strides[2] = strides[2], strides[1]
         self._memory = torch.full((b * h * s * (d + gap) + 2 * self.BAND,), self.GUARD, dtype=dtype, device=device)
