@@ -144,6 +144,14 @@ def test_measure_times_nothing_behind_a_red_gate(on_cpu: list[str], monkeypatch:
     assert all("call" not in found for found in case["contestants"].values())
 
 
+def test_failing_while_timed_is_no_pass(on_cpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contest, "gpu_clock", lambda *_, **__: ({}, {"flashcore": "not inside a graph"}))
+    with Terminal(1, "testing") as terminal:
+        case = expert_validation.measure(Shape(1, 2, 64, 64), 10, 2**20, terminal)
+    assert not case["correct"]
+    assert "independent: gpu_cold: not inside a graph" in validation_text.why_wrong(case)
+
+
 def test_it_runs_as_a_file_and_as_a_module() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     for command, folder in ((["expert_validation.py"], BENCHMARK), (["-m", "flashcore.benchmark.expert_validation"],

@@ -14,10 +14,10 @@ from flashcore.benchmark.shapes import Shape
 
 
 @lru_cache(maxsize=1)
-def _planned(shape: Shape) -> Any:
-    workspace = torch.empty(128 * 2**20, dtype=torch.uint8, device="cuda")
+def _planned(shape: Shape, device: torch.device) -> Any:
+    workspace = torch.empty(128 * 2**20, dtype=torch.uint8, device=device)
     wrapper = import_module("flashinfer").BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
-    starts = torch.arange(shape.batch + 1, dtype=torch.int32, device="cuda") * shape.seqlen
+    starts = torch.arange(shape.batch + 1, dtype=torch.int32, device=device) * shape.seqlen
     wrapper.plan(
         starts, starts, shape.heads, shape.kv_heads, shape.head_dim,
         causal=shape.is_causal, q_data_type=shape.torch_dtype,
@@ -26,7 +26,7 @@ def _planned(shape: Shape) -> Any:
 
 
 def _prepare(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
-    wrapper = _planned(shape)
+    wrapper = _planned(shape, q.device)
     q, k, v = (t.flatten(0, 1) for t in bshd(q, k, v))
     return Prepared(
         lambda: wrapper.run(q, k, v),

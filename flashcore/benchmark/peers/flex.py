@@ -14,16 +14,16 @@ from flashcore.benchmark.shapes import Shape
 
 
 @lru_cache(maxsize=1)
-def _compiled(shape: Shape) -> tuple[Any, Any]:
+def _compiled(shape: Shape, device: torch.device) -> tuple[Any, Any]:
     torch.compiler.reset()  # a shape is a recompilation, and after a few of those torch.compile gives up silently
     mask = None
     if shape.is_causal:
-        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, shape.seqlen, shape.seqlen, device="cuda")
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, shape.seqlen, shape.seqlen, device=device)
     return torch.compile(flex_attention, dynamic=False, fullgraph=True), mask
 
 
 def _prepare(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
-    attend, mask = _compiled(shape)
+    attend, mask = _compiled(shape, q.device)
     enable_gqa = shape.kv_heads != shape.heads
     return Prepared(lambda: attend(q, k, v, block_mask=mask, enable_gqa=enable_gqa))
 
