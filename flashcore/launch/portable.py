@@ -40,13 +40,14 @@ def bind(problem: Problem, config: Config, scale: float) -> Binding:
     args["seqlen_k"] = Scalar("i32", p.seqlen_k)
 
     d, dv = columns(p.head_dim), columns(p.head_dim_v)
+    tile = max(config.block_m, config.block_n)
     fold = p.batch > _MAX_GRID_Z
     constexprs: dict[str, Any] = {} if p.return_lse else {"lse": None}
     constexprs |= {
         "HEAD_DIM": p.head_dim, "HEAD_DIM_V": p.head_dim_v, "GROUP": p.group, "CAUSAL": p.is_causal,
         "EVEN_M": p.seqlen_q % config.block_m == 0, "EVEN_N": p.seqlen_k % config.block_n == 0,
-        "STRIDE_UNIT": unit,
-        "WIDE": max(config.block_m, config.block_n) * max(row for *_, row in strides.values()) >= _FAR, "FOLD_BATCH": fold, "SPLIT": config.schedule == "split", "NEGATE_Q": scale < 0,
+        "STRIDE_UNIT": unit, "WIDE": max(row for *_, row in strides.values()) * tile >= _FAR,
+        "FOLD_BATCH": fold, "SPLIT": config.schedule == "split", "NEGATE_Q": scale < 0,
         "EMULATED": p.dtype == torch.bfloat16 and isinstance(attention_forward, InterpretedFunction),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_D": d[0], "REST_D": d[1], "BLOCK_DV": dv[0], "REST_DV": dv[1],

@@ -28,8 +28,7 @@ def load_rows(
 ):  # fmt: skip
     """Columns START .. START + BLOCK of rows `first + rows`; what lies outside of n_rows x DIM reads as 0.
 
-    The tile's first address is computed in 64 bits, offsets inside of it in the type of `stride`, which the host
-    widens to 64 bits when a tile spans more than 2^31 elements.
+    The tile's first address is computed in 64 bits, offsets inside of it in the type of `stride`.
     """
     cols = START + tl.arange(0, BLOCK)
     tile = base + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + cols[None, :]
@@ -144,7 +143,7 @@ def attention_forward(
     stride_ob, stride_oh, stride_om,
     heads, seqlen_q, seqlen_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
-    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, STRIDE_UNIT: tl.constexpr,
+    EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, STRIDE_UNIT: tl.constexpr, WIDE: tl.constexpr,
     FOLD_BATCH: tl.constexpr, SPLIT: tl.constexpr, NEGATE_Q: tl.constexpr, EMULATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr,
@@ -158,6 +157,7 @@ def attention_forward(
         -inf, times 0 would be NaN. NEGATE_Q serves a negative scale; negation is exact.
     STRIDE_UNIT: strides are counted in this many elements. 8 (16 bytes) makes every row's address a multiple of
         16 bytes in the compiler's eyes, which one 16-byte load per thread needs, whatever the head size.
+    WIDE: offsets inside of a tile need 64 bits.
     EVEN_M, EVEN_N: the tiles divide Sq, Sk.
     GROUP: query heads per key/value head.
     FOLD_BATCH: the batch, too large for the grid's third dimension, is folded into the first.
@@ -179,10 +179,12 @@ def attention_forward(
         head, start_m = fast, (tl.num_programs(1) - 1 - slow) * BLOCK_M
     else:
         head, start_m = slow, fast * BLOCK_M
-    stride_qm *= STRIDE_UNIT
-    stride_kn *= STRIDE_UNIT
-    stride_vn *= STRIDE_UNIT
-    stride_om *= STRIDE_UNIT
+    OFFSET: tl.constexpr = tl.int64 if WIDE else tl.int32
+    stride_qm = stride_qm.to(OFFSET) * STRIDE_UNIT
+    stride_kn = stride_kn.to(OFFSET) * STRIDE_UNIT
+    stride_vn = stride_vn.to(OFFSET) * STRIDE_UNIT
+    stride_om = stride_om.to(OFFSET) * STRIDE_UNIT
+    batch, head = batch.to(tl.int64), head.to(tl.int64)
     q += (batch * stride_qb + head * stride_qh) * STRIDE_UNIT
     k += (batch * stride_kb + head // GROUP * stride_kh) * STRIDE_UNIT
     v += (batch * stride_vb + head // GROUP * stride_vh) * STRIDE_UNIT
@@ -245,5 +247,5 @@ def attention_forward(
         )  # fmt: skip
     if lse is not None:
         log_sum = tl.where(saw_nothing, NEGATIVE_INFINITY, (row_max + tl.math.log2(row_sum)) * LN2)
-        first = (batch.to(tl.int64) * heads + head) * seqlen_q
+        first = (batch * heads + head) * seqlen_q
         tl.store(lse + first + rows, log_sum, mask=rows < seqlen_q)
