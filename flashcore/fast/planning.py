@@ -110,7 +110,7 @@ def warmup(
         dtype: of q, k and v.
         device: the GPU, the current one when None.
         target: compile for this GPU into Triton's cache and load nothing: needs no GPU, as in a container's build.
-        progress: draw a progress bar on stderr, where it is a terminal and rich is installed.
+        progress: draw a progress bar on stderr, where it is a terminal.
         options: block_m, block_n, is_causal, scale, return_lse, layout, backend, as `attention` takes them.
 
     Returns:
@@ -146,13 +146,13 @@ def warmup(
 
 
 def _with_bar(items: list[Shape], wanted: bool) -> Iterator[Shape]:
-    if wanted and sys.stderr.isatty():
-        try:
-            from rich.console import Console
-            from rich.progress import track
-        except ImportError:
-            pass
-        else:
-            yield from track(items, description="warm-up", console=Console(stderr=True))
-            return
-    yield from items
+    """The items, with a progress bar on stderr while they are worked on."""
+    drawn = wanted and sys.stderr.isatty()
+    for i in range(len(items) + 1):
+        if drawn:
+            bar = "#" * (30 * i // max(len(items), 1))
+            print(f"\rwarm-up [{bar:<30}] {i}/{len(items)}", end="", file=sys.stderr, flush=True)
+        if i < len(items):
+            yield items[i]
+    if drawn:
+        print(file=sys.stderr)
