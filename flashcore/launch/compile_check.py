@@ -54,13 +54,16 @@ class Check:
         return {**fields, "ok": self.ok}
 
 
-def compile_shipped(archs: Sequence[int] = tuple(TARGETS), jobs: int | None = None) -> Iterator[Check]:
+def compile_shipped(
+    archs: Sequence[int] = tuple(TARGETS), jobs: int | None = None, *, one_tile: bool = False
+) -> Iterator[Check]:
     """Compile what is shipped for each architecture, several at a time, and yield each as it is known.
 
     Args:
         archs: compute capabilities, of `TARGETS`.
         jobs: processes; None = one for each core. They are started afresh, so that this process' CUDA state is not
             inherited: a script calls this under `if __name__ == "__main__"`.
+        one_tile: of each kernel, schedule, dtype, head dimension and option, only the largest tile.
 
     Raises:
         KeyError: an architecture that `TARGETS` does not have.
@@ -68,8 +71,17 @@ def compile_shipped(archs: Sequence[int] = tuple(TARGETS), jobs: int | None = No
     from flashcore.launch import select
 
     work = [(problem, config, TARGETS[arch]) for arch in archs for problem, config in select.shipped(TARGETS[arch])]
+    if one_tile:
+        work.sort(key=lambda variant: variant[1].block_m * variant[1].block_n)
+        work = list({_without_tile(*variant): variant for variant in work}.values())
     with ProcessPoolExecutor(jobs or os.cpu_count(), get_context("spawn")) as pool:
         yield from pool.map(check, *zip(*work, strict=True))
+
+
+def _without_tile(problem: Problem, config: Config, target: Target) -> tuple[object, ...]:
+    p = problem
+    options = (p.dtype, p.head_dim, p.head_dim_v, p.is_causal, p.return_lse)
+    return (target.arch, config.kernel, config.schedule, *options)
 
 
 def check(problem: Problem, config: Config, target: Target) -> Check:
@@ -117,9 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--arch", type=int, nargs="+", choices=sorted(TARGETS), default=sorted(TARGETS))
     parser.add_argument("--jobs", type=int, help="processes; one for each core")
+    parser.add_argument("--one-tile", action="store_true", help="only the largest tile of each kernel and option")
     options = parser.parse_args(argv)
     failed = False
-    for result in compile_shipped(options.arch, options.jobs):
+    for result in compile_shipped(options.arch, options.jobs, one_tile=options.one_tile):
         print(json.dumps(result.as_json()), flush=True)
         failed |= not result.ok
     return int(failed)
