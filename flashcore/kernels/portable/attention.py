@@ -68,7 +68,7 @@ def narrow(x, dtype: tl.constexpr, EMULATED: tl.constexpr):
     """fp32 to `dtype`, rounded to nearest even; Triton's interpreter would truncate to bf16."""
     if EMULATED:
         bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
     return x.to(dtype)
 
 
