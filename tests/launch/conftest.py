@@ -1,8 +1,9 @@
 """A GPU made of ctypes: CPU tensors go through the launch path as CUDA tensors do, down to the driver's call.
 
 The stand-in for cuLaunchKernelEx reads the launch and its parameters from memory, as the hardware would, and computes
-what the portable kernel computes. So stale plans, wrong addresses, wrong strides and wrong streams give wrong results
-here as they would there; only compiling and the GPU's own behaviour are left out.
+what the portable kernel computes, the only one of the A100 that it stands for. So stale plans, wrong addresses, wrong
+strides and wrong streams give wrong results here as they would there; only compiling and the GPU's own behaviour are
+left out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from flashcore import reference
-from flashcore.core.target import H100
+from flashcore.core.target import A100
 from flashcore.fast import attention_production
 from flashcore.launch import compiled, driver, launcher, shim, torch_private
 from flashcore.launch.binding import Binding, Pointer, Scalar
@@ -27,6 +28,7 @@ CONTEXT = 0x77
 C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
 DTYPES = {"*fp16": torch.float16, "*bf16": torch.bfloat16, "*fp32": torch.float32}
 LOG2E = 1.4426950408889634
+REAL_LIBRARY = driver.library
 
 
 class Launched(SimpleNamespace):
@@ -145,7 +147,7 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     """The fake GPU, once for each of the two paths."""
     fake = FakeGpu()
     monkeypatch.setattr(attention_production, "_KERNEL_DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr(launcher.targets, "current", lambda device: H100)
+    monkeypatch.setattr(launcher.targets, "current", lambda device: A100)
     monkeypatch.setattr(launcher, "current_device", lambda: fake.device)
     monkeypatch.setattr(launcher, "raw_stream", lambda device: fake.stream)
     monkeypatch.setattr(launcher, "empty_strided_cuda", fake.empty)
@@ -161,14 +163,11 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
         monkeypatch.setattr(shim, "load", lambda: False)
         monkeypatch.setattr(shim, "attend", None)
     else:
-        module = built_shim()
-        address = {
-            name: ctypes.cast(getattr(fake, name), ctypes.c_void_p).value
-            for name in ("cuCtxGetCurrent", "cuLaunchKernelEx")
-        }
+        module = request.getfixturevalue("native")
         shim._set_up(
-            module, fake.empty, get_context=address["cuCtxGetCurrent"], launch_kernel=address["cuLaunchKernelEx"]
-        )
+            module, fake.empty, get_context=shim._address(fake.cuCtxGetCurrent),
+            launch_kernel=shim._address(fake.cuLaunchKernelEx),
+        )  # fmt: skip
         monkeypatch.setattr(shim, "_module", module)
         monkeypatch.setattr(shim, "load", lambda: True)
         monkeypatch.setattr(shim, "attend", module.attend)
@@ -176,12 +175,21 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     launcher.forget()
 
 
-def built_shim() -> Any:
-    """The C module, or a skip that says what this machine lacks."""
+@pytest.fixture
+def native() -> Iterator[Any]:
+    """The C module, or a skip that says what this machine lacks. Tests give it their own functions to call."""
     why = shim._missing()
     if why is not None:
         pytest.skip(f"no compiled path: {why}")
-    return shim._build()
+    module = shim._build()
+    yield module
+    module.forget()
+    if torch.cuda.is_available():  # the process may have but one copy of the module: hand it back as it was
+        real = REAL_LIBRARY()
+        shim._set_up(
+            module, torch_private.empty_strided_cuda, get_context=shim._address(real.cuCtxGetCurrent),
+            launch_kernel=shim._address(real.cuLaunchKernelEx),
+        )  # fmt: skip
 
 
 @pytest.fixture
