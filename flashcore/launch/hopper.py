@@ -59,6 +59,7 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
         "SINGLE": p.seqlen_k <= config.block_n, "EMPTY_ROWS": p.is_causal and p.seqlen_q > p.seqlen_k,
         "NEGATE": scale < 0, "PERSISTENT": persistent, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_D": block_d, "BLOCK_DV": block_dv, "WARPS": config.num_warps,
+        "LATE": items > 2 * target.sms,
     }  # fmt: skip
     if persistent:
         grid = (min(items, target.sms * blocks_per_sm(p, config, target)), 1, 1)
@@ -81,7 +82,7 @@ def block_of(dim: int) -> int:
 def smem(problem: Problem, config: Config) -> int:
     """Bytes of shared memory of one block."""
     d, dv = block_of(problem.head_dim), block_of(problem.head_dim_v)
-    rows = config.block_m * ((d + dv) if config.schedule == "persistent" else max(d, dv))
+    rows = config.block_m * (d if config.schedule != "persistent" and d == dv else d + dv)
     return 2 * (rows + config.block_n * (d + dv)) + _BARRIERS
 
 

@@ -103,16 +103,14 @@ def attention_forward(
     q_desc, k_desc, v_desc, o_desc, lse, qk_scale, seqlen_q, seqlen_k, row_tiles, per_row_tiles, heads, per_heads,
     pairs, per_pairs, items, GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, SINGLE: gl.constexpr,
     EMPTY_ROWS: gl.constexpr, NEGATE: gl.constexpr, PERSISTENT: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, WARPS: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, WARPS: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """softmax(q k^T) v over 4-D descriptors [batch, heads, rows, columns] whose boxes are one tile.
 
     SINGLE: all keys fit in one tile. EMPTY_ROWS: some rows see no key. NEGATE: the scale is negative, qk_scale its
-    magnitude. PERSISTENT: a one-dimensional grid of blocks that each take every gridDim-th item; else a grid of
+    magnitude. LATE: when the next kernel may start. PERSISTENT: a one-dimensional grid of blocks that each take every gridDim-th item; else a grid of
     (row tiles, heads, batch), or of (heads, row tiles, batch) when causal.
     """
-    # The launch of the next kernel, and this one's set-up below, overlap with whatever runs before in the stream.
-    gdc_launch_dependents()
     dtype: gl.constexpr = q_desc.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_DV, 16])  # noqa: E741
@@ -128,7 +126,7 @@ def attention_forward(
     q_tile = q_box.reshape([BLOCK_M, BLOCK_D])
     k_tile = k_box.reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
     v_tile = v_box.reshape([BLOCK_N, BLOCK_DV])
-    if PERSISTENT:  # the output needs a buffer of its own: q's already takes the next item
+    if PERSISTENT or BLOCK_DV != BLOCK_D:  # a persistent block's q already is the next item's
         o_box = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_M, BLOCK_DV], o_desc.layout)
     else:
         o_box = q_box
@@ -158,10 +156,14 @@ def attention_forward(
             row_tile = gl.program_id(0)
             head = gl.program_id(1)
         batch = gl.program_id(2)
-    gdc_wait()  # what ran before has written its results
+    gdc_wait()  # the set-up above overlaps with whatever ran before in the stream; it has now written its results
     tma_load(q_desc, [batch, head, row_tile * BLOCK_M, 0], q_full, q_box)
     tma_load(k_desc, [batch, head // GROUP, 0, 0], k_full, k_box)
     tma_load(v_desc, [batch, head // GROUP, 0, 0], v_full, v_box)
+    # The next kernel's set-up may overlap in turn. Started now, its blocks would sit where ours still want to go
+    # unless ours all fit with room to spare.
+    if not LATE:
+        gdc_launch_dependents()
 
     shift = seqlen_k - seqlen_q
     no_scores = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, S)
@@ -184,63 +186,45 @@ def attention_forward(
         m = gl.full([BLOCK_M], -float("inf"), gl.float32, gl.SliceLayout(1, S))
         l = gl.zeros([BLOCK_M, 8], gl.float32, L)  # noqa: E741
         mbarrier.wait(q_full, turn & 1)
-        if SINGLE:
-            mbarrier.wait(k_full, turn & 1)
+        for tile in range(0, 1 if SINGLE else tiles):
+            last = tile + 1 == tiles
+            refill = more | (tile + 1 < tiles)
+            load_batch = gl.where(last, next_batch, batch)
+            load_head = gl.where(last, next_head, head) // GROUP
+            load_key = gl.where(last, 0, (tile + 1) * BLOCK_N)
+            mbarrier.wait(k_full, loads & 1)
             scores = warpgroup_mma(q_tile, k_tile, no_scores, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=(scores,))
-            if PERSISTENT:
-                mbarrier.expect(q_full, Q_BYTES, pred=more)
-                mbarrier.expect(k_full, K_BYTES, pred=more)
-                block_barrier()  # every warp's product has read q and k
-                tma_load(q_desc, [next_batch, next_head, next_row_tile * BLOCK_M, 0], q_full, q_box, pred=more)
-                tma_load(k_desc, [next_batch, next_head // GROUP, 0, 0], k_full, k_box, pred=more)
-            if NEGATE:
-                s = -s
-            if CAUSAL or not EVEN_N:
-                s = _hide(s, row, 0, seqlen_k, shift, CAUSAL)
-            p, m, l, acc = _softmax(s, m, l, acc, qk_scale, True, EMPTY_ROWS)
-            p = gl.convert_layout(p.to(dtype), P, assert_trivial=True)
-            mbarrier.wait(v_full, turn & 1)
-            sums = warpgroup_mma(p, v_tile, acc, use_acc=False, is_async=True)
-            acc, p = warpgroup_mma_wait(0, deps=(sums, p))
-            if PERSISTENT:
-                mbarrier.expect(v_full, V_BYTES, pred=more)
-                block_barrier()
-                tma_load(v_desc, [next_batch, next_head // GROUP, 0, 0], v_full, v_box, pred=more)
-        else:
-            for tile in range(0, tiles):
-                last = tile + 1 == tiles
-                refill = more | (tile + 1 < tiles)
-                load_batch = gl.where(last, next_batch, batch)
-                load_head = gl.where(last, next_head, head) // GROUP
-                load_key = gl.where(last, 0, (tile + 1) * BLOCK_N)
-                mbarrier.wait(k_full, loads & 1)
-                scores = warpgroup_mma(q_tile, k_tile, no_scores, use_acc=False, is_async=True)
-                s = warpgroup_mma_wait(0, deps=(scores,))
+            if PERSISTENT or not SINGLE:
                 mbarrier.expect(k_full, K_BYTES, pred=refill)
                 if PERSISTENT:
                     mbarrier.expect(q_full, Q_BYTES, pred=last & more)
                 block_barrier()  # every warp's product has read k, and q
                 tma_load(k_desc, [load_batch, load_head, load_key, 0], k_full, k_box, pred=refill)
                 if PERSISTENT:
-                    tma_load(
-                        q_desc, [next_batch, next_head, next_row_tile * BLOCK_M, 0], q_full, q_box, pred=last & more
-                    )
-                if NEGATE:
-                    s = -s
-                if CAUSAL or not EVEN_N:
-                    if (tile + 1) * BLOCK_N > visible:
-                        s = _hide(s, row, tile * BLOCK_N, seqlen_k, shift, CAUSAL)
-                p, m, l, acc = _softmax(s, m, l, acc, qk_scale, False, EMPTY_ROWS)
-                p = gl.convert_layout(p.to(dtype), P, assert_trivial=True)
-                mbarrier.wait(v_full, loads & 1)
-                sums = warpgroup_mma(p, v_tile, acc, is_async=True)
-                acc, p = warpgroup_mma_wait(0, deps=(sums, p))
+                    row_next = next_row_tile * BLOCK_M
+                    tma_load(q_desc, [next_batch, next_head, row_next, 0], q_full, q_box, pred=last & more)
+            if NEGATE:
+                s = -s
+            if SINGLE and (CAUSAL or not EVEN_N):
+                s = _hide(s, row, 0, seqlen_k, shift, CAUSAL)
+            elif CAUSAL or not EVEN_N:
+                if (tile + 1) * BLOCK_N > visible:
+                    s = _hide(s, row, tile * BLOCK_N, seqlen_k, shift, CAUSAL)
+            p, m, l, acc = _softmax(s, m, l, acc, qk_scale, SINGLE, EMPTY_ROWS)
+            p = gl.convert_layout(p.to(dtype), P, assert_trivial=True)
+            mbarrier.wait(v_full, loads & 1)
+            sums = warpgroup_mma(p, v_tile, acc, use_acc=not SINGLE, is_async=True)
+            acc, p = warpgroup_mma_wait(0, deps=(sums, p))
+            if PERSISTENT or not SINGLE:
                 mbarrier.expect(v_full, V_BYTES, pred=refill)
                 block_barrier()  # every warp's product has read v
                 tma_load(v_desc, [load_batch, load_head, load_key, 0], v_full, v_box, pred=refill)
-                loads += 1
+            loads += 1
 
+        if LATE:
+            if not more:
+                gdc_launch_dependents()
         total = gl.sum(l, 1)
         inverse = 1.0 / total
         if EMPTY_ROWS:
