@@ -43,5 +43,7 @@ def current(device_index: int) -> Target:
     p = torch.cuda.get_device_properties(device_index)
     return Target(
         p.name, (p.major, p.minor), p.multi_processor_count,
-        p.shared_memory_per_block_optin, p.shared_memory_per_multiprocessor, p.L2_cache_size,
+        p.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # missing from torch's stubs
+        p.shared_memory_per_multiprocessor,
+        p.L2_cache_size,
     )

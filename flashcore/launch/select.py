@@ -90,7 +90,8 @@ def padded(dim: int) -> int:
 
 
 # (block_m, block_n, num_warps, registers a thread) by the padded head dimension: plain ones, and those for problems
-# that hide some scores, which takes a few registers more. 128 registers let 16 warps share an SM, 168 let 12, 255 let 8.
+# that hide some scores, which takes a few registers more. With 128 registers 16 warps share an SM, with 168 12, with
+# 255 8.
 _HOPPER: dict[int, tuple[tuple[_Tile, ...], tuple[_Tile, ...]]] = {
     32: (((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128)),
          ((64, 64, 4, 96), (64, 128, 4, 168))),

@@ -108,8 +108,9 @@ def attention_forward(
     """softmax(q k^T) v over 4-D descriptors [batch, heads, rows, columns] whose boxes are one tile.
 
     SINGLE: all keys fit in one tile. EMPTY_ROWS: some rows see no key. NEGATE: the scale is negative, qk_scale its
-    magnitude. LATE: when the next kernel may start. PERSISTENT: a one-dimensional grid of blocks that each take every gridDim-th item; else a grid of
-    (row tiles, heads, batch), or of (heads, row tiles, batch) when causal.
+    magnitude. LATE: let the next kernel start when this one ends, not at once. PERSISTENT: a one-dimensional grid of
+    blocks that each take every gridDim-th item; else a grid of (row tiles, heads, batch), when causal (heads, row
+    tiles, batch).
     """
     dtype: gl.constexpr = q_desc.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
