@@ -100,7 +100,7 @@ def check(
     scale: float | None = None, window: tuple[int, int] = (-1, -1), softcap: float = 0.0,
     attn_mask: Tensor | None = None, seqused_k: Tensor | None = None,
 ) -> Verdict:
-    """Measure `out`, and `lse` when given, against every gate: one pass, which synchronises once a block and once at the end.
+    """Measure `out`, and `lse` when given, against every gate; synchronises once a block and at the end.
 
     Args:
         out: [B, Hq, Sq, Dv] in fp16, bf16 or fp32, which sets the precision that is expected of it. Fill it with NaN
