@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ L4 = Target("NVIDIA L4", (8, 9), 58, 101_376, 102_400, 48 * 2**20)
 KNOWN: tuple[Target, ...] = (H100, H200, A100, L4)
 
 
-@lru_cache(maxsize=None)
+@cache
 def current(device_index: int) -> Target:
     """The GPU with this CUDA index.
 

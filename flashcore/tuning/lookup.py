@@ -32,6 +32,7 @@ MANY_HEADS = 512
 # A row speaks for problems within these factors of its lengths and heads, and of its head dimension.
 REACH = 4.0
 REACH_HEAD_DIM = 1.5
+UNEVEN = 2.0  # keys past the end are hidden by code that costs registers: as far as another length
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +78,8 @@ def row(problem: Problem, config: Config, us: float, machine: str, commit: str) 
 
 def nearest(problem: Problem, rows: Iterable[Row]) -> Row | None:
     """The row that speaks for `problem`, or None: of those with its mask, the one with the smallest product of the
-    ratios of both lengths, heads and head dimension, none of them out of reach. A row of the problem's dtype wins a
-    tie, then the first.
+    ratios of both lengths, heads and head dimension, none of them out of reach, and of UNEVEN where only one of the
+    two has keys that fill whole tiles. A row of the problem's dtype wins a tie, then the first.
     """
     best: tuple[tuple[float, bool], Row] | None = None
     for candidate in rows:
@@ -92,10 +93,15 @@ def nearest(problem: Problem, rows: Iterable[Row]) -> Row | None:
         )
         if max(ratios) > REACH or head_dim > REACH_HEAD_DIM:
             continue
-        distance = (math.prod(ratios) * head_dim, DTYPES[candidate.dtype] != problem.dtype)
+        uneven = 1.0 if _fills_tiles(candidate.seqlen_k) == _fills_tiles(problem.seqlen_k) else UNEVEN
+        distance = (math.prod(ratios) * head_dim * uneven, DTYPES[candidate.dtype] != problem.dtype)
         if best is None or distance < best[0]:
             best = distance, candidate
     return best[1] if best else None
+
+
+def _fills_tiles(keys: int) -> bool:
+    return keys % 64 == 0
 
 
 def _ratio(a: int, b: int) -> float:

@@ -171,3 +171,10 @@ def test_more_heads_than_many_are_as_good_as_many() -> None:
     many = at(heads=lookup.MANY_HEADS)
     assert nearest(asked(batch=100_000), [ROW, many]) is many
     assert nearest(asked(batch=100_000), [at(heads=lookup.MANY_HEADS * 100)]) is not None
+
+
+def test_a_length_that_fills_tiles_speaks_for_its_like() -> None:
+    even, odd = at(seqlen_q=256, seqlen_k=256), at(seqlen_q=150, seqlen_k=150, block_n=64)
+    assert nearest(asked(seqlen_q=197, seqlen_k=197), (even, odd)) == odd
+    assert nearest(asked(seqlen_q=192, seqlen_k=192), (even, odd)) == even
+    assert nearest(asked(seqlen_q=197, seqlen_k=197), (even,)) == even
