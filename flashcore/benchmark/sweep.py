@@ -142,6 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if timed:
                 best = timed[0]
                 rows.append(lookup.row(problem, best.config, best.us, gpu.name, environment["commit"] or "unknown"))
+                table = merged(lookup.read(path, gpu.arch) if path.exists() else (), rows)
+                lookup.write(path, gpu.arch, table)  # now: a run that is cut short keeps what it has measured
                 second = f", then {timed[1].us:.2f} µs" if len(timed) > 1 else ""
                 c = best.config
                 terminal.line(
@@ -149,7 +151,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"{c.num_stages} stages: {best.us:.2f} µs{second}"
                 )
     if rows:
-        lookup.write(path, gpu.arch, merged(lookup.read(path, gpu.arch) if path.exists() else (), rows))
         print(f"{len(rows)} rows written to {path}")
     return int(bool(troubles) or not rows)
 

@@ -40,6 +40,12 @@ class Problem:
         return self.heads_q // self.heads_kv
 
     @property
+    def aligned_rows(self) -> bool:
+        """Whether every row of every tensor starts at a multiple of 16 bytes (of 8 elements of two bytes)."""
+        strides = (*self.stride_q, *self.stride_k, *self.stride_v, *self.stride_o)
+        return self.aligned and all(s % 8 == 0 for s in strides)
+
+    @property
     def flops(self) -> float:
         """Floating-point operations of the two matrix products, counting only unmasked scores."""
         if not self.is_causal:

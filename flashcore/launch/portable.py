@@ -39,7 +39,7 @@ def bind(problem: Problem, config: Config, scale: float) -> Binding:
     args["seqlen_q"] = Scalar("i32", p.seqlen_q)
     args["seqlen_k"] = Scalar("i32", p.seqlen_k)
 
-    d, dv = columns(p.head_dim), columns(p.head_dim_v)
+    d, dv = columns(p.head_dim, p.aligned_rows), columns(p.head_dim_v, p.aligned_rows)
     tile = max(config.block_m, config.block_n)
     fold = p.batch > _MAX_GRID_Z
     constexprs: dict[str, Any] = {} if p.return_lse else {"lse": None}
@@ -64,9 +64,15 @@ def bind(problem: Problem, config: Config, scale: float) -> Binding:
     return Binding(attention_forward, False, grid, args, constexprs, options)
 
 
-def columns(dim: int) -> tuple[int, int]:
-    """A row of `dim` elements as one or two powers of two, of at least the 16 that an MMA takes."""
+def columns(dim: int, aligned_rows: bool) -> tuple[int, int]:
+    """A row of `dim` elements as one or two powers of two, of at least the 16 that an MMA takes.
+
+    Only rows that are read by 16 bytes come in two. With others, which pass through registers on their way to shared
+    memory, what Triton 3.6.0 makes of two products in a row gave wrong results on an H100.
+    """
     whole = max(16, 1 << (dim - 1).bit_length())
+    if not aligned_rows:
+        return whole, 0
     first = whole // 2
     rest = max(16, 1 << max(dim - first - 1, 0).bit_length())
     return (first, rest) if first >= 16 and first + rest < whole else (whole, 0)

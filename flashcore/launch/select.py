@@ -63,7 +63,7 @@ def _portable(problem: Problem, target: Target) -> tuple[Config, ...]:
         tiles, schedule = _PORTABLE_SM90, ""
     else:
         tiles, schedule = _PORTABLE_SM80, "split"
-    dim = max(problem.head_dim, problem.head_dim_v)
+    dim = max(padded(dim, problem.aligned_rows) for dim in (problem.head_dim, problem.head_dim_v))
     fitting = next(tiles[most] for most in tiles if dim <= most)
     configs = (Config("portable", *tile, schedule) for tile in fitting)
     return tuple(c for c in configs if portable_smem(problem, c, target) <= target.smem_per_block)
@@ -71,7 +71,7 @@ def _portable(problem: Problem, target: Target) -> tuple[Config, ...]:
 
 def portable_smem(problem: Problem, config: Config, target: Target) -> int:
     """Bytes of shared memory that the portable kernel asks for at most: what its compiler does, counted."""
-    d, dv = padded(problem.head_dim), padded(problem.head_dim_v)
+    d, dv = (padded(dim, problem.aligned_rows) for dim in (problem.head_dim, problem.head_dim_v))
     wgmma = target.arch >= 90 and config.block_m >= 64
     # A wgmma may still read the tile before the one being computed; mma.sync has it in registers by then.
     tiles = config.num_stages if wgmma else config.num_stages - 1
@@ -81,9 +81,11 @@ def portable_smem(problem: Problem, config: Config, target: Target) -> int:
     return 2 * (rows + tiles * config.block_n * (d + dv) + weights) + reduction
 
 
-def padded(dim: int) -> int:
-    """Columns of shared memory that a row of `dim` elements takes: one or two powers of two, at least 16 each."""
+def padded(dim: int, aligned_rows: bool) -> int:
+    """Columns of shared memory that a row of `dim` elements takes: what `portable.columns` says, summed."""
     whole = max(16, 1 << (dim - 1).bit_length())
+    if not aligned_rows:
+        return whole
     first = max(16, whole // 2)
     rest = max(16, 1 << max(dim - first - 1, 0).bit_length())
     return min(whole, first + rest)

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -147,11 +148,12 @@ def test_grid() -> None:
     ],
 )  # fmt: skip
 def test_columns(dim: int, parts: tuple[int, int]) -> None:
-    assert portable.columns(dim) == parts
+    assert portable.columns(dim, True) == parts
+    assert portable.columns(dim, False) == (max(16, 1 << (dim - 1).bit_length()), 0)
 
 
 def test_columns_as_counted_by_the_choice() -> None:
     from flashcore.launch.select import padded
 
-    for dim in range(8, 257, 8):
-        assert sum(portable.columns(dim)) == padded(dim) >= dim
+    for dim, aligned_rows in product(range(8, 257, 8), (False, True)):
+        assert sum(portable.columns(dim, aligned_rows)) == padded(dim, aligned_rows) >= dim
