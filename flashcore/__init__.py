@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flashcore.core.errors import UnsupportedError
     from flashcore.fast.attention_production import attention
+    from flashcore.fast.planning import explain, warmup
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["UnsupportedError", "__version__", "attention"]
+__all__ = ["UnsupportedError", "__version__", "attention", "explain", "warmup"]
 
 _HOMES = {
     "UnsupportedError": "flashcore.core.errors",
     "attention": "flashcore.fast.attention_production",
+    "explain": "flashcore.fast.planning",
+    "warmup": "flashcore.fast.planning",
 }
 
 

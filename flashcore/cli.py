@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, tuple[str, str]] = {  # name -> the module, what the overview says
     "info": ("flashcore.diagnostics", "What a bug report needs: GPU, driver, versions, and which kernels run here."),
     "validate": ("flashcore.benchmark.expert_validation", "Is attention correct here, and how fast is it?"),
-    "compare": ("flashcore.benchmark.compare_peers", "How fast are the other libraries on the same problems?"),
+    "bench": ("flashcore.benchmark.bench", "How fast are the other libraries on the same problems?"),
     "tune": ("flashcore.benchmark.sweep", "Measure which tile is fastest for each problem, and write the table."),
 }
 
