@@ -22,7 +22,7 @@ help:
 	@echo "make clean      remove what the commands above made"
 
 validate: $(READY)
-	$(PY) -m flashcore.benchmark.expert_validation
+	$(PY) -m flashcore.benchmark.expert_validation --json
 
 test: $(READY) $(TRITONS)
 	$(PY) -m pytest
