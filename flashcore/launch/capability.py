@@ -27,16 +27,22 @@ def reasons(kernel: str, problem: Problem, target: Target) -> tuple[str, ...]:
     return tuple(_REASONS[kernel](problem, target))
 
 
+def _elements(p: Problem, max_head_dim: int) -> list[str]:
+    why: list[str] = []
+    if p.dtype not in (torch.float16, torch.bfloat16):
+        why.append(f"it computes float16 and bfloat16, not {str(p.dtype).removeprefix('torch.')}")
+    for name, dim in (("q and k", p.head_dim), ("v", p.head_dim_v)):
+        if dim % 8 or not 8 <= dim <= max_head_dim:
+            why.append(f"the head dimension of {name} is {dim}, not a multiple of 8 from 8 to {max_head_dim}")
+    return why
+
+
 def _portable(p: Problem, target: Target) -> list[str]:
     why: list[str] = []
     if target.arch < 80:
         major, minor = target.capability
         why.append(f"it needs a GPU of compute capability 8.0 or newer, {target.name} has {major}.{minor}")
-    if p.dtype not in (torch.float16, torch.bfloat16):
-        why.append(f"it computes float16 and bfloat16, not {str(p.dtype).removeprefix('torch.')}")
-    for name, dim in (("q and k", p.head_dim), ("v", p.head_dim_v)):
-        if dim % 8 or not 8 <= dim <= MAX_HEAD_DIM:
-            why.append(f"the head dimension of {name} is {dim}, not a multiple of 8 from 8 to {MAX_HEAD_DIM}")
+    why += _elements(p, MAX_HEAD_DIM)
     if p.heads_q > MAX_GRID_YZ:
         why.append(f"it computes at most {MAX_GRID_YZ:,} heads, not {p.heads_q:,}")
     longest = MAX_GRID_YZ * 16 if p.is_causal else MAX_LENGTH  # causal tiles are counted in a grid's second dimension
@@ -60,11 +66,7 @@ def _hopper(p: Problem, target: Target) -> list[str]:
     if not _triton().startswith(TRITON_RELEASES):
         tested = ", ".join(f"{release}x" for release in TRITON_RELEASES)
         why.append(f"it was tested with Triton {tested}, not {_triton() or 'without Triton'}")
-    if p.dtype not in (torch.float16, torch.bfloat16):
-        why.append(f"it computes float16 and bfloat16, not {str(p.dtype).removeprefix('torch.')}")
-    for name, dim in (("q and k", p.head_dim), ("v", p.head_dim_v)):
-        if dim % 8 or not 8 <= dim <= MAX_HEAD_DIM_HOPPER:
-            why.append(f"the head dimension of {name} is {dim}, not a multiple of 8 from 8 to {MAX_HEAD_DIM_HOPPER}")
+    why += _elements(p, MAX_HEAD_DIM_HOPPER)
     if not p.aligned:
         why.append("TMA wants every tensor to start at a multiple of 16 bytes")
     for name, heads, rows, strides in (
