@@ -22,6 +22,7 @@ measurement.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from dataclasses import dataclass
 from heapq import heappop, heappush
@@ -65,7 +66,7 @@ def analyse(code: Code) -> Taint:
     """Follow data through a kernel."""
     worlds = _Worlds(code)
     states = _fixpoint(code, worlds)
-    before = [None if s is None else worlds.running(s, each) for s, each in zip(states, code.instructions, strict=True)]
+    before = [None if s is None else worlds.running(s, i) for i, s in enumerate(states)]
     findings = []
     branches = memory = products = guarded = reached = 0
     for i, each in enumerate(code.instructions):
@@ -93,52 +94,104 @@ class _Worlds:
     """Tainted registers, once whatever the guards are, and once for each guard's being true and being false.
 
     A register that `@P0 IADD3` writes keeps its old value where P0 is false, so it stays tainted if it was; but a
-    following `@P0 LDS` reads it only where P0 is true, and there it is public. Compilers guard whole sequences, and
-    without the worlds each of them would be a false alarm. A world ends where its predicate is written.
+    following `@P0 LDS` reads it only where P0 is true, and there it is public. Compilers guard whole sequences and
+    branch around others, and without the worlds each of them would be a false alarm. A world ends where its predicate
+    is written.
 
     A state is one integer: world w's registers from bit w * _BITS on, world 0 for no assumption. What may be tainted
     where two assumptions hold is tainted in both worlds, so their intersection bounds it.
     """
 
     def __init__(self, code: Code) -> None:
-        self._guards = sorted({each.guard for each in code.instructions if each.guard})
-        literals = [(guard, negated) for guard in self._guards for negated in (False, True)]
+        self._code = code
+        self._guards = _guards(code)
+        self._predicates = sorted({predicate for predicate, _ in self._guards if predicate})
+        literals = [(predicate, negated) for predicate in self._predicates for negated in (False, True)]
         self._index = {literal: w for w, literal in enumerate(literals, 1)}
-        self._every = sum(1 << w * _BITS for w in range(1 + len(literals)))
+        self._index[0, False] = self._index[0, True] = 0
+        self._count = 1 + len(literals)
+        self._every = sum(1 << w * _BITS for w in range(self._count))
 
-    def running(self, state: int, each: Instruction) -> int:
-        """Registers that may be tainted where the instruction runs: where its guard holds."""
-        return state >> self._world(each, True) * _BITS & _ALL
+    def running(self, state: int, i: int) -> int:
+        """Registers that may be tainted where instruction `i` runs: where its guard holds."""
+        return state >> self._index[self._guards[i]] * _BITS & _ALL
 
-    def after(self, state: int, each: Instruction) -> int:
-        """The state behind an instruction."""
-        defs = each.defs
-        if not defs:
+    def after(self, state: int, i: int) -> int:
+        """The state behind instruction `i`."""
+        each = self._code.instructions[i]
+        if not each.defs:
             return state
-        runs = self._world(each, True)
-        inputs = each.uses & (state >> runs * _BITS)
+        predicate, negated = self._guards[i]
+        inputs = each.uses & self.running(state, i)
         tainting = 0
         if _is_source(each):
             tainting = self._every
         elif inputs:
-            tainting = sum(1 << w * _BITS for w in range(self._every.bit_length() // _BITS + 1)
-                           if inputs & state >> w * _BITS)  # fmt: skip
-        if runs:  # elsewhere the old values stay; a tainted guard tells itself by which of them it is
-            if not each.guard & state:
-                tainting &= ~(1 << self._world(each, False) * _BITS)
-            state &= ~(defs << runs * _BITS)
+            tainting = sum(1 << w * _BITS for w in range(self._count) if inputs & state >> w * _BITS)
+        if predicate:
+            if not each.guard & state:  # where it is skipped the old value stays, and being skipped tells nothing
+                tainting &= ~(1 << self._index[predicate, not negated] * _BITS)
+            state &= ~(each.defs << self._index[predicate, negated] * _BITS)
         else:
-            state &= ~(defs * self._every)
-        state |= defs * tainting
-        for guard in self._guards:
-            if guard & defs:
-                for negated in (False, True):
-                    at = self._index[guard, negated] * _BITS
+            state &= ~(each.defs * self._every)
+        state |= each.defs * tainting
+        for written in self._predicates:
+            if written & each.defs:
+                for truth in (False, True):
+                    at = self._index[written, truth] * _BITS
                     state = state & ~(_ALL << at) | (state & _ALL) << at
         return state
 
-    def _world(self, each: Instruction, runs: bool) -> int:
-        return self._index[each.guard, each.negated == runs] if each.guard else 0
+    def along(self, state: int, i: int, following: int) -> int:
+        """The state behind branch `i` where it leads to `following`: its guard held, or did not."""
+        each = self._code.instructions[i]
+        predicate, negated = self._guards[i]
+        ways = self._code.successors[i]
+        if each.opcode not in ("BRA", "CALL") or not predicate or each.uses != each.guard or len(ways) != 2:
+            return state
+        false = negated if following != i + 1 else not negated
+        state &= (state >> self._index[predicate, false] * _BITS & _ALL) * self._every
+        return state & ~(_ALL << self._index[predicate, not false] * _BITS)
+
+
+def _guards(code: Code) -> list[tuple[int, bool]]:
+    """Each instruction's guard as (predicate, whether it runs where that is false); (0, False) for none.
+
+    A guard that is a copy or the negation of another predicate counts as that one: `PLOP3.LUT P1, PT, PT, PT, UP0,
+    0x80, 0x0` gives P1 the value of UP0, with 0x40 its negation.
+    """
+    Copies = dict[int, tuple[int, bool]]
+    before: list[Copies | None] = [None] * len(code.instructions)
+    before[0] = {}
+    todo = [0]
+    while todo:
+        i = todo.pop()
+        each = code.instructions[i]
+        copies = {p: of for p, of in (before[i] or {}).items() if not (p | of[0]) & each.defs}
+        if (copy := _copied(each)) and not copy[0] & each.defs:
+            copies[each.defs] = (before[i] or {}).get(copy[0], copy) if not copy[1] else copy
+        for j in code.successors[i]:
+            known = before[j]
+            merged = copies if known is None else dict(known.items() & copies.items())
+            if merged != known:
+                before[j] = merged
+                todo.append(j)
+    guards = []
+    for each, known in zip(code.instructions, before, strict=True):
+        predicate, negated = (known or {}).get(each.guard, (each.guard, False))
+        guards.append((predicate, negated != each.negated))
+    return guards
+
+
+def _copied(each: Instruction) -> tuple[int, bool] | None:
+    """What an unguarded PLOP3 copies, as (predicate, whether negated); None where it computes more, or two results."""
+    found = re.match(r"U?PLOP3\.LUT U?P\d, U?PT, (\w+), (\w+), (\w+), (0x\w+), ", each.text)
+    if found is None or each.uses.bit_count() != 1 or each.guard:
+        return None
+    place = next(n for n, operand in enumerate(found.groups()[:3]) if not operand.endswith("PT"))
+    table = int(found[4], 16)
+    if_true, if_false = table >> 7 & 1, table >> (7 - (4 >> place)) & 1
+    return None if if_true == if_false else (each.uses, not if_true)
 
 
 def _fixpoint(code: Code, worlds: _Worlds) -> list[int | None]:
@@ -149,11 +202,12 @@ def _fixpoint(code: Code, worlds: _Worlds) -> list[int | None]:
     while todo:
         i = heappop(todo)
         waiting.discard(i)
-        after = worlds.after(before[i] or 0, code.instructions[i])
+        after = worlds.after(before[i] or 0, i)
         for following in code.successors[i]:
+            there = worlds.along(after, i, following)
             known = before[following]
-            if known is None or after & ~known:
-                before[following] = (known or 0) | after
+            if known is None or there & ~known:
+                before[following] = (known or 0) | there
                 if following not in waiting:
                     waiting.add(following)
                     heappush(todo, following)
