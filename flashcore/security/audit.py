@@ -1,0 +1,214 @@
+"""`flashcore audit sass`: does anything that the kernels execute, or any address, depend on the data?
+
+Compiles every shipped variant and follows q, k and v through the machine code (taint.py says how). Needs no GPU. Each
+architecture's kernels are audited a second time with a branch on data planted in them, which must be found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from multiprocessing import get_context
+from pathlib import Path
+
+from flashcore.core.config import Config
+from flashcore.core.problem import Problem
+from flashcore.core.target import Target
+from flashcore.launch.compile_check import TARGETS
+from flashcore.measure import machine
+from flashcore.security import sass, taint
+from flashcore.security.taint import Taint
+
+UNSEEN = (
+    "the variants that a problem's options select beyond those listed, and kernels that another compiler makes",
+    "how long an instruction takes: arithmetic under a guard that data decides (column `guarded`), the memory system",
+    "whether the GPU executes what nvdisasm's text says, and what it does beyond that",
+    "power, frequency, electromagnetic effects, other programs on the GPU, the code around the kernels",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One kernel as it is compiled for one GPU."""
+
+    problem: Problem
+    config: Config
+    target: Target
+    control: bool = False  # with the branch on data planted
+
+    @property
+    def name(self) -> str:
+        p, c = self.problem, self.config
+        parts = [
+            f"sm_{self.target.arch}", c.kernel, c.schedule, str(p.dtype).removeprefix("torch."), f"D{p.head_dim}",
+            f"S{p.seqlen_k}", "causal" if p.is_causal else "", f"{c.block_m}x{c.block_n}", f"{c.num_warps}w",
+            f"{c.num_stages}s", f"r{c.maxnreg}" if c.maxnreg else "", "CONTROL" if self.control else "",
+        ]  # fmt: skip
+        return " ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True, slots=True)
+class Audited:
+    """What the audit says of one variant."""
+
+    variant: Variant
+    taint: Taint | None  # None where there is an error
+    error: str  # "" when it compiled and could be read
+
+    @property
+    def ok(self) -> bool:
+        """A shipped variant without findings, or a control with one."""
+        return not self.error and self.taint is not None and bool(self.taint.findings) == self.variant.control
+
+    def as_json(self) -> dict[str, object]:
+        """Plain data."""
+        found = asdict(self.taint) if self.taint else {}
+        return {"variant": self.variant.name, "control": self.variant.control, "ok": self.ok, "error": self.error} | found
+
+
+def variants(archs: Sequence[int], *, quick: bool = False) -> list[Variant]:
+    """Every shipped variant for these architectures, then a control for each of their kernels.
+
+    Args:
+        archs: compute capabilities, of compile_check's TARGETS.
+        quick: of each kernel, schedule and mask only the variant with the least code.
+    """
+    from flashcore.launch import select
+
+    found = [Variant(p, c, TARGETS[arch]) for arch in archs for p, c in select.shipped(TARGETS[arch])]
+    controls: dict[tuple[int, str], Variant] = {}
+    for v in found:
+        loops = v.problem.seqlen_k > v.config.block_n  # one tile alone rescales nothing
+        if loops and v.problem.head_dim == 64:
+            controls.setdefault((v.target.arch, v.config.kernel), Variant(v.problem, v.config, v.target, control=True))
+    if quick:
+        found.sort(key=lambda v: v.config.block_m * v.config.block_n * v.problem.head_dim, reverse=True)
+        kinds = {(v.target.arch, v.config.kernel, v.config.schedule, v.problem.is_causal): v for v in found}
+        found = sorted(kinds.values(), key=lambda v: v.target.arch)
+    return found + list(controls.values())
+
+
+def audit(variant: Variant) -> Audited:
+    """Compile a variant and analyse its machine code. What goes wrong on the way becomes the `error`."""
+    from flashcore.launch import compiled, launcher
+    from flashcore.security.controls import planted
+
+    problem, config, target = variant.problem, variant.config, variant.target
+    try:
+        binding = launcher.bind(problem, config, problem.head_dim**-0.5, target)
+        if variant.control:
+            binding = planted(binding, config.kernel)
+        code = sass.parse(sass.disassemble(compiled.compile_for(binding, target.arch).cubin))
+        found = taint.analyse(code)
+    except Exception as failure:  # a compiler may raise anything; what cannot be read is not clean
+        first = next(iter(str(failure).strip().splitlines()), "no message")
+        return Audited(variant, None, f"{type(failure).__name__}: {first}")
+    return Audited(variant, found, "" if found.products else "no tensor-core instruction: this is no attention kernel")
+
+
+def audit_all(work: Sequence[Variant], jobs: int | None = None) -> Iterator[Audited]:
+    """`audit` of each, several at a time in processes of their own; None = one for each core."""
+    with ProcessPoolExecutor(jobs or os.cpu_count(), get_context("spawn")) as pool:
+        yield from pool.map(audit, work)
+
+
+def toolchain() -> dict[str, str]:
+    """What compiled and what disassembled: the audit speaks of these alone."""
+    return {
+        "triton": machine.installed("triton") or "?",
+        **{name: _version(sass.tool(name)) for name in ("ptxas", "nvdisasm")},
+        "python": platform.python_version(),
+    }
+
+
+def _version(program: Path) -> str:
+    said = subprocess.run([program, "--version"], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"V([\d.]+)", said)
+    return found[1] if found else "?"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns 1 when something is tainted, could not be read, or a control was missed."""
+    parser = argparse.ArgumentParser(prog="flashcore audit", description="Does execution depend on the data?")
+    kinds = parser.add_subparsers(required=True, metavar="sass")
+    options = kinds.add_parser("sass", help="the machine code of every shipped variant; needs no GPU")
+    options.add_argument("--arch", type=int, nargs="+", choices=sorted(TARGETS), default=sorted(TARGETS))
+    options.add_argument("--quick", action="store_true", help="one variant of each kernel, schedule and mask")
+    options.add_argument("--jobs", type=int, help="processes; one for each core")
+    options.add_argument("--json", type=Path, metavar="FILE", help="write all of it here too")
+    chosen = parser.parse_args(argv)
+
+    if path := os.environ.get("TRITON_PTXAS_PATH"):
+        parser.error(f"TRITON_PTXAS_PATH={path}: the audit names and speaks of the ptxas that Triton ships")
+    tools = toolchain()
+    print("  ".join(f"{name} {version}" for name, version in tools.items()))
+    work = variants(chosen.arch, quick=chosen.quick)
+    print(f"{'variant':66}{'instr':>7}{'branch':>7}{'memory':>7}{'guarded':>8} | tainted: branch address other")
+    results = []
+    for each in audit_all(work, chosen.jobs):
+        results.append(each)
+        print(_row(each), flush=True)
+    shipped = [r for r in results if not r.variant.control]
+    caught = sum(r.ok for r in results if r.variant.control)
+    clean = sum(r.ok for r in shipped)
+    print(f"\n{clean} of {len(shipped)} shipped variants clean; {caught} of {len(results) - len(shipped)} controls caught")
+    print("It cannot see:", *UNSEEN, sep="\n  - ")
+    if chosen.json:
+        record = {
+            "schema": 1, "kind": "audit-sass",
+            "environment": {
+                "recorded": datetime.now(timezone.utc).isoformat(timespec="seconds"), "gpu": None, **tools,
+                "commit": machine.commit(), "source": machine.source(),
+            },
+            "quick": chosen.quick, "archs": chosen.arch, "unseen": UNSEEN, "summary": summary(results),
+            "cases": [r.as_json() for r in results],
+        }  # fmt: skip
+        chosen.json.parent.mkdir(parents=True, exist_ok=True)
+        chosen.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0 if all(r.ok for r in results) else 1
+
+
+def summary(results: Sequence[Audited]) -> list[dict[str, object]]:
+    """Counts by architecture: of the shipped variants in all, and how many controls there are and were caught."""
+    rows: list[dict[str, object]] = []
+    for arch in sorted({r.variant.target.arch for r in results}):
+        here = [r for r in results if r.variant.target.arch == arch]
+        shipped = [r for r in here if not r.variant.control]
+        read = [r.taint for r in shipped if r.taint]
+        controls = [r for r in here if r.variant.control]
+        rows.append({
+            "arch": arch, "variants": len(shipped), "clean": sum(r.ok for r in shipped),
+            **{name: sum(getattr(t, name) for t in read)
+               for name in ("instructions", "branches", "memory", "products", "guarded")},
+            "tainted_branches": sum(t.count("branch") for t in read),
+            "tainted_addresses": sum(t.count("address") for t in read),
+            "tainted_other": sum(t.count("predicate", "barrier", "uniform") for t in read),
+            "controls": len(controls), "controls_caught": sum(r.ok for r in controls),
+        })  # fmt: skip
+    return rows
+
+
+def _row(each: Audited) -> str:
+    t = each.taint
+    if t is None:
+        return f"{each.variant.name:66}{each.error}"
+    branches, addresses = t.count("branch"), t.count("address")
+    counts = f"{t.instructions:7}{t.branches:7}{t.memory:7}{t.guarded:8} | {branches:15} {addresses:7} "
+    lines = [f"{each.variant.name:66}{counts}{len(t.findings) - branches - addresses:5} {each.error}".rstrip()]
+    if not each.variant.control:
+        for finding in t.findings:
+            lines += [f"    {finding.kind}: {finding.offset:#06x} {finding.text}", *(f"        {s}" for s in finding.path)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
