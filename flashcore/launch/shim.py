@@ -29,7 +29,8 @@ _NAME = "_flashcore_shim"
 _TENSORS = ("q", "k", "v", "o", "lse")
 
 attend: Callable[..., Any] | None = None  # (q, k, v, out, *options) -> result or None; None while there is no shim
-_module: Any = None
+_module: Any = None  # once it is built and set up
+_off = False  # inside `disabled`
 _failure: str | None = None  # why the last attempt to load it failed
 
 
@@ -37,6 +38,8 @@ def status() -> str:
     """One line for `flashcore info`: active, or why not."""
     if attend is not None:
         return "active"
+    if _off:
+        return "off: disabled for now"
     if _failure is not None:
         return f"off: {_failure}"
     missing = _missing()
@@ -44,22 +47,26 @@ def status() -> str:
 
 
 def load() -> bool:
-    """Build the shim, or take it from Triton's cache, and let it serve. Returns whether it does."""
+    """Build the shim, or take it from Triton's cache, and let it serve. Returns whether there is one.
+
+    Inside `disabled` it is there, and learns calls, but does not serve them.
+    """
     global attend, _module, _failure
-    if attend is not None:
+    if _module is not None:
         return True
     if _failure is not None:
         return False
     _failure = _missing()
     if _failure is None:
         try:
-            _module = _build()
-            _set_up(_module)
-            attend = _module.attend
+            module = _build()
+            _set_up(module)
+            _module = module
+            attend = _serving()
         except Exception as error:  # whatever a compiler, a loader or a file system may say
             _failure = f"{type(error).__name__}: {error}".splitlines()[0]
             warnings.warn(f"flashcore: the compiled launch path is off, {_failure}", RuntimeWarning, stacklevel=2)
-    return attend is not None
+    return _module is not None
 
 
 def add(
@@ -69,7 +76,7 @@ def add(
 ) -> None:
     """Let the shim serve calls that look like this one: `tensors` is (q, k, v) or (q, k, v, out)."""
     template = launch.template
-    if attend is None or template is None:
+    if _module is None or template is None:
         return
     places = dict(zip(launch.tensors, template.slots, strict=True))
     slots = tuple(places.get(name, (-1, None)) for name in _TENSORS)
@@ -91,12 +98,18 @@ def forget() -> None:
 @contextlib.contextmanager
 def disabled() -> Iterator[None]:
     """Let the pure-Python path serve meanwhile; for measuring and testing it, not for use by several threads."""
-    global attend
-    before, attend = attend, None
+    global attend, _off
+    before, _off = _off, True
+    attend = None
     try:
         yield
     finally:
-        attend = before
+        _off = before
+        attend = _serving()
+
+
+def _serving() -> Callable[..., Any] | None:
+    return None if _off or _module is None else _module.attend
 
 
 def _missing() -> str | None:

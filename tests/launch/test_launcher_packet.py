@@ -176,6 +176,7 @@ def test_the_shim_raises_what_an_encoder_raises(native, monkeypatch):
 
 def test_a_shim_that_is_switched_off_says_so(monkeypatch):
     monkeypatch.setattr(shim, "attend", None)
+    monkeypatch.setattr(shim, "_module", None)
     monkeypatch.setattr(shim, "_failure", None)
     monkeypatch.setenv("FLASHCORE_SHIM", "0")
     assert shim.status() == "off: FLASHCORE_SHIM=0"
@@ -187,6 +188,7 @@ def test_a_shim_that_does_not_build_warns_once_and_stays_off(monkeypatch):
         raise RuntimeError("the compiler is out to lunch")
 
     monkeypatch.setattr(shim, "attend", None)
+    monkeypatch.setattr(shim, "_module", None)
     monkeypatch.setattr(shim, "_failure", None)
     monkeypatch.setattr(shim, "_missing", lambda: None)
     monkeypatch.setattr(shim, "_build", fail)
@@ -194,6 +196,26 @@ def test_a_shim_that_does_not_build_warns_once_and_stays_off(monkeypatch):
         assert shim.load() is False
     assert shim.load() is False
     assert "out to lunch" in shim.status()
+
+
+@pytest.mark.parametrize("loaded_before", [False, True])
+def test_a_disabled_shim_stays_off_when_calls_are_seen_for_the_first_time(monkeypatch, loaded_before):
+    """Each of those asks `load` for it."""
+    module = SimpleNamespace(attend=lambda *arguments: None)
+    monkeypatch.setattr(shim, "attend", None)
+    monkeypatch.setattr(shim, "_module", None)
+    monkeypatch.setattr(shim, "_failure", None)
+    monkeypatch.setattr(shim, "_missing", lambda: None)
+    monkeypatch.setattr(shim, "_build", lambda: module)
+    monkeypatch.setattr(shim, "_set_up", lambda module: None)
+    if loaded_before:
+        assert shim.load() and shim.attend is module.attend
+    with shim.disabled():
+        with shim.disabled():
+            assert shim.load() and shim.attend is None
+        assert shim.load() and shim.attend is None
+        assert shim.status() == "off: disabled for now"
+    assert shim.attend is module.attend and shim.status() == "active"
 
 
 def test_code_is_not_loaded_from_a_folder_that_others_can_write_to(monkeypatch, tmp_path):
