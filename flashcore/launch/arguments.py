@@ -191,7 +191,7 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, layout: str) -> None:
 
 
 def _check_last_dimension(name: str, tensor: Tensor) -> None:
-    if tensor.stride(3) != 1 and tensor.shape[3] != 1:
+    if tensor.stride(3) != 1 and tensor.shape[3] != 1 and tensor.numel() != 0:
         raise ValueError(_message(name, "a contiguous last dimension (stride 1)", f"strides {list(tensor.stride())}"))
 
 
@@ -206,7 +206,7 @@ def _check_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
     _check_last_dimension("out", out)
     extent = 1  # elements that the dimensions so far reach
     for stride, size in sorted(zip(out.stride(), out.shape, strict=True)):
-        if size > 1 and stride < extent:
+        if size > 1 and stride < extent and out.numel() != 0:
             raise ValueError(_message("out", "elements that do not share memory", f"strides {list(out.stride())}"))
         extent += stride * (size - 1)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, out)):

@@ -90,6 +90,15 @@ def test_nothing_to_read_gives_zeros_and_nothing_to_write_is_empty():
     assert attention(q[:0], k[:0], v[:0]).shape == (0, 4, 0, 8)
 
 
+@pytest.mark.parametrize("seqlen_q, batch", [(0, 2), (10, 0)])
+def test_strides_of_an_empty_tensor_mean_nothing(seqlen_q, batch):
+    q, k, v = (t[:batch] for t in qkv(seqlen_q=seqlen_q))
+    for strides in ((0, 0, 0, 1), (0, 0, 0, 0)):
+        empty = torch.empty(1).as_strided(q.shape, strides)
+        assert attention(q, k, v, out=empty) is empty
+        assert attention(empty, k, v).shape == q.shape
+
+
 def test_out():
     q, k, v = qkv()
     into = torch.empty(2, 10, 4, 8)
