@@ -104,6 +104,7 @@ def test_fakes_promise_the_strides_and_dtypes_that_come():
                 assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`")  # torch's compiler uses it, and a GPU loads all of it
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(device, strict):
@@ -117,6 +118,7 @@ def test_export(device, strict):
     assert torch.equal(exported.module()(q, k, v), attention(q, k, v, is_causal=True))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`")  # torch's compiler uses it, and a GPU loads all of it
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_with_gradients(device, dynamic):
