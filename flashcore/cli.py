@@ -21,7 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # name -> the module, what the overvie
     "validate": ("flashcore.benchmark.expert_validation", "Is attention correct here, and how fast is it?"),
     "bench": ("flashcore.benchmark.bench", "How fast are the other libraries on the same problems?"),
     "compare": ("flashcore.benchmark.compare", "Two results files side by side: what got faster or slower?"),
-    "audit": ("flashcore.security.audit", "Does what the kernels execute depend on the data? Their machine code, read."),
+    "audit": ("flashcore.security.audit", "Does what the kernels execute depend on the data? Reads machine code."),
     "tune": ("flashcore.benchmark.sweep", "Measure which tile is fastest for each problem, and write the table."),
 }
 

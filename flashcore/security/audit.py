@@ -71,8 +71,8 @@ class Audited:
 
     def as_json(self) -> dict[str, object]:
         """Plain data."""
-        found = asdict(self.taint) if self.taint else {}
-        return {"variant": self.variant.name, "control": self.variant.control, "ok": self.ok, "error": self.error} | found
+        said = {"variant": self.variant.name, "control": self.variant.control, "ok": self.ok, "error": self.error}
+        return said | (asdict(self.taint) if self.taint else {})
 
 
 def variants(archs: Sequence[int], *, quick: bool = False) -> list[Variant]:
@@ -157,10 +157,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for each in audit_all(work, chosen.jobs):
         results.append(each)
         print(_row(each), flush=True)
-    shipped = [r for r in results if not r.variant.control]
-    caught = sum(r.ok for r in results if r.variant.control)
-    clean = sum(r.ok for r in shipped)
-    print(f"\n{clean} of {len(shipped)} shipped variants clean; {caught} of {len(results) - len(shipped)} controls caught")
+    shipped = [r.ok for r in results if not r.variant.control]
+    controls = [r.ok for r in results if r.variant.control]
+    print(f"\n{sum(shipped)} of {len(shipped)} shipped variants clean")
+    print(f"{sum(controls)} of {len(controls)} controls caught")
     print("It cannot see:", *UNSEEN, sep="\n  - ")
     if chosen.json:
         record = {
@@ -206,7 +206,8 @@ def _row(each: Audited) -> str:
     lines = [f"{each.variant.name:66}{counts}{len(t.findings) - branches - addresses:5} {each.error}".rstrip()]
     if not each.variant.control:
         for finding in t.findings:
-            lines += [f"    {finding.kind}: {finding.offset:#06x} {finding.text}", *(f"        {s}" for s in finding.path)]
+            lines.append(f"    {finding.kind}: {finding.offset:#06x} {finding.text}")
+            lines += [f"        {step}" for step in finding.path]
     return "\n".join(lines)
 
 

@@ -18,35 +18,40 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # A set of registers is an integer, one bit a register: R0.., P0.., UR0.., UP0.., B0.. (convergence barriers).
+_COUNTS = {"R": 256, "P": 16, "UR": 128, "UP": 16, "B": 16}
 _FIRST = {"R": 0, "P": 256, "UR": 272, "UP": 400, "B": 416}
+BITS = 432
 _REGISTER = re.compile(r"\b(UR|UP|R|P|B)(\d+)\b")
+UNIFORM = (((1 << 128) - 1) << _FIRST["UR"]) | (0xFFFF << _FIRST["UP"])
 PREDICATES = (0xFFFF << _FIRST["P"]) | (0xFFFF << _FIRST["UP"])
 BARRIER_REGISTERS = 0xFFFF << _FIRST["B"]
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Every known mnemonic up to its first dot. What moves no data through memory and steers nothing:
-ARITHMETIC = frozenset(
-    """
+ARITHMETIC = _words("""
     BMOV BMSK BREV CS2R ELECT F2F F2FP F2I FADD FCHK FFMA FLO FMNMX FMUL FSEL FSET FSETP HADD2 HFMA2 HMNMX2 HMUL2 HSET2
-    HSETP2 I2F I2FP I2I I2IP IABS IADD3 IDP IMAD IMNMX ISETP LEA LOP3 MATCH MOV MUFU NOP P2R PLOP3 POPC PRMT PSETP
-    R2P R2UR REDUX S2R S2UR SEL SGXT SHF SHFL UFLO UIADD3 UIMAD UISETP ULEA ULOP3 UMOV UP2UR UPLOP3 UPOPC UPRMT UPSETP
-    UR2UP USEL USGXT USHF VIADD VIADDMNMX VIMNMX VOTE VOTEU
-    """.split()
-)
-LOADS = frozenset("ATOM ATOMG ATOMS LD LDG LDL LDS LDSM".split())  # results are data
-CONSTANTS = frozenset("LDC ULDC".split())  # kernel parameters
-STORES = frozenset("LDGSTS RED ST STG STL STS STSM UTMALDG UTMASTG".split())
-PRODUCTS = frozenset("HGMMA HMMA".split())
-BARRIERS = frozenset(
-    """
+    HSETP2 I2F I2FP I2I I2IP IABS IADD3 IDP IMAD IMNMX ISETP LEA LOP3 MOV MUFU NOP P2R PLOP3 POPC PRMT PSETP
+    R2P R2UR REDUX S2R S2UR SEL SGXT SHF SHFL UFLO UIADD3 UIMAD UISETP ULEA ULOP3 UMOV UPLOP3 UPOPC UPRMT UPSETP
+    USEL USGXT USHF VIADD VIADDMNMX VIMNMX VOTE VOTEU
+    """)
+LOADS = _words("ATOM ATOMG ATOMS LD LDG LDL LDS LDSM")  # results are data
+CONSTANTS = _words("LDC ULDC")  # kernel parameters
+STORES = _words("LDGSTS RED ST STG STL STS STSM UTMALDG UTMASTG")
+PRODUCTS = _words("HGMMA HMMA")
+BARRIERS = _words("""
     ACQBULK BAR CCTL DEPBAR ERRBAR FENCE LDGDEPBAR MEMBAR NANOSLEEP PREEXIT SYNCS UTMACMDFLUSH WARPGROUP
-    """.split()
-)
-BRANCHES = frozenset("BRA BREAK BRX BSSY BSYNC CALL EXIT JMP JMX KILL RET WARPSYNC YIELD".split())
-INDIRECT = frozenset("BRX JMX RET".split())
+    """)
+BRANCHES = _words("BRA BREAK BRX BSSY BSYNC CALL EXIT JMP JMX KILL RET WARPSYNC YIELD")
+INDIRECT = _words("BRX JMX RET")
+_LEAVING = INDIRECT | _words("BRA EXIT JMP KILL")
 _KNOWN = ARITHMETIC | LOADS | CONSTANTS | STORES | PRODUCTS | BARRIERS | BRANCHES
 
 _PLAIN_PREDICATE = re.compile(r"U?P[T\d]\d*$")
-_SET_PREDICATES = frozenset("FSETP HSETP2 ISETP PLOP3 PSETP UISETP UPLOP3 UPSETP".split())
+_SET_PREDICATES = _words("FSETP HSETP2 ISETP PLOP3 PSETP UISETP UPLOP3 UPSETP")
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 _LABEL = re.compile(r"^(\.L_\w+):")
 _TEXT = re.compile(r"^\s+(?:@(!?U?P[T\d]\d*)\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)\s*(.*)$")
@@ -83,11 +88,7 @@ class Code:
 
 def names(registers: int) -> list[str]:
     """The registers in a set, by name."""
-    found = []
-    for kind, first in sorted(_FIRST.items(), key=lambda item: -item[1]):
-        found += [f"{kind}{i}" for i in range((registers >> first).bit_length()) if registers >> (first + i) & 1]
-        registers &= (1 << first) - 1
-    return found[::-1]
+    return [f"{kind}{i}" for kind, n in _COUNTS.items() for i in range(n) if registers >> (_FIRST[kind] + i) & 1]
 
 
 def tool(name: str) -> Path:
@@ -147,19 +148,19 @@ def decode(text: str, offset: int = 0) -> Instruction:
     defs = uses = addresses = 0
     for i, operand in enumerate(operands):
         width = _width(opcode, modifiers, operands, i)
-        if operand == "PR":  # all predicates, or those in the mask at the end
+        registers = _registers(operand, width)
+        if operand == "PR":  # those of the mask at the end
             registers = (int(operands[-1], 16) & 0x7F) << _FIRST["P"]
-        else:
-            registers = _registers(operand, width)
         if i < written:
             defs |= registers
         else:
             uses |= registers
         if "[" in operand:
             addresses |= registers
+    conditional = match[1] or any(_PLAIN_PREDICATE.match(o.lstrip("!")) for o in operands)
     return Instruction(
-        offset, text.strip(), opcode, defs, 0 if match[1] else defs, uses | guard, addresses, guard, (match[1] or "").startswith("!"),
-        ends=opcode in ("BRA", "BRX", "EXIT", "JMP", "JMX", "KILL", "RET") and not (match[1] or _has_predicate(operands)),
+        offset, text.strip(), opcode, defs, 0 if match[1] else defs, uses | guard, addresses, guard,
+        negated=(match[1] or "").startswith("!"), ends=opcode in _LEAVING and not conditional,
         label=target[1] if target else "",
     )  # fmt: skip
 
@@ -212,7 +213,7 @@ def _written(opcode: str, operands: list[str]) -> int:
         return 2
     if opcode in ("LOP3", "ULOP3") and _PLAIN_PREDICATE.match(operands[0]):
         return 2
-    if opcode in ("VOTE", "VOTEU", "MATCH"):
+    if opcode in ("VOTE", "VOTEU"):
         return len(operands) - 1
     if _PLAIN_PREDICATE.match(operands[0]) and opcode != "SYNCS":
         raise UnknownInstructionError(f"{opcode} {', '.join(operands)}")
@@ -257,10 +258,6 @@ def _width(opcode: str, modifiers: list[str], operands: list[str], i: int) -> in
         whole = [n for n, o in enumerate(operands) if not _PLAIN_PREDICATE.match(o.lstrip("!"))]
         return 2 if i == whole[3] or (i == 0 and "WIDE" in modifiers) else 1
     return 2 if "64" in modifiers else 1
-
-
-def _has_predicate(operands: list[str]) -> bool:
-    return any(_PLAIN_PREDICATE.match(o.lstrip("!")) for o in operands)
 
 
 def _registers(operand: str, width: int = 1) -> int:

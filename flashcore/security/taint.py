@@ -30,8 +30,7 @@ from heapq import heappop, heappush
 from flashcore.security import sass
 from flashcore.security.sass import Code, Instruction
 
-_UNIFORM = ((1 << 128) - 1 << 272) | (0xFFFF << 400)
-_BITS = 448  # of a set of registers
+_BITS = sass.BITS
 _ALL = (1 << _BITS) - 1
 
 
@@ -223,7 +222,7 @@ def _sinks(each: Instruction, tainted: int) -> list[tuple[str, int]]:
     found = [("address", each.addresses)]
     if each.opcode in sass.LOADS | sass.STORES | sass.CONSTANTS | sass.PRODUCTS:
         found.append(("predicate", each.uses & sass.PREDICATES))
-    if each.uses & tainted and each.defs & _UNIFORM:
+    if each.uses & tainted and each.defs & sass.UNIFORM:
         found.append(("uniform", each.uses))
     return found
 

@@ -1,0 +1,156 @@
+"""What the analysis calls tainted, on instructions made by hand: every sink, and every false alarm it once raised."""
+
+from __future__ import annotations
+
+import pytest
+
+from flashcore.security import sass, taint
+from flashcore.security.taint import Finding
+
+DATA = "LDS R0, [R20]"  # R0 is data from here on
+
+
+def analyse(*lines: str) -> taint.Taint:
+    """A kernel of these instructions; a line that ends in a colon is a label."""
+    text, offset = ".text.kernel:\n", 0
+    for line in (*lines, "EXIT"):
+        if line.endswith(":"):
+            text += line + "\n"
+        else:
+            text += f"        /*{offset:04x}*/                   {line} ;\n"
+            offset += 16
+    return taint.analyse(sass.parse(text))
+
+
+def found(*lines: str) -> list[Finding]:
+    return list(analyse(*lines).findings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lines"),
+    [
+        ("branch", ["FSETP.GT.AND P0, PT, R0, 8, PT", "@P0 BRA `(.L_x_0)", "FMUL R1, R1, R2", ".L_x_0:"]),
+        ("branch", ["FSETP.GT.AND P0, PT, R0, 8, PT", "@!P0 EXIT"]),
+        ("branch", ["FSETP.GT.AND P0, PT, R0, 8, PT", "VOTE.ANY P1, P0", "@P1 BRA `(.L_x_0)", ".L_x_0:"]),
+        ("branch", [".L_x_0:", "BRX R0 -0x10"]),
+        ("branch", ["WARPSYNC R0"]),
+        ("address", ["LDS R1, [R0+0x10]"]),
+        ("address", ["IMAD.WIDE R2, R0, 0x2, R4", "LDG.E.128 R8, desc[UR4][R2.64]"]),
+        ("address", ["IMAD.WIDE R2, R0, 0x2, R4", "STG.E [R2.64], R8"]),
+        ("address", ["LDC R2, c[0x0][R0+0x210]"]),
+        ("address", ["ATOMS.ADD R1, [R0], R2"]),
+        ("predicate", ["ISETP.NE.AND P0, PT, R0, RZ, PT", "@P0 LDS R1, [R20]"]),
+        ("predicate", ["ISETP.NE.AND P0, PT, R0, RZ, PT", "@!P0 STS [R20], R1"]),
+        ("predicate", ["ISETP.NE.AND P0, PT, R0, RZ, PT", "LDGSTS.E.BYPASS.128 [R20], [R22.64], P0"]),
+        ("predicate", ["ISETP.NE.AND P0, PT, R0, RZ, PT", "@P0 HMMA.16816.F32 R4, R8, R12, R4"]),
+        ("barrier", ["BAR.SYNC.DEFER_BLOCKING R0"]),
+        ("barrier", ["SYNCS.ARRIVE.TRANS64 RZ, [UR4+0x18000], R0"]),
+        ("barrier", ["ISETP.NE.AND P0, PT, R0, RZ, PT", "@P0 SYNCS.ARRIVE.TRANS64 RZ, [UR4], R3"]),
+        ("uniform", ["R2UR UR4, R0"]),
+        ("uniform", ["FSETP.GT.AND P0, PT, R0, 8, PT", "VOTEU.ANY UP0, P0"]),
+    ],
+)
+def test_sinks(kind: str, lines: list[str]) -> None:
+    first = found(DATA, *lines)[0]
+    assert first.kind == kind
+    assert first.text in lines
+    assert first.path[0].endswith(DATA) and first.path[-1].endswith(first.text)
+    assert not found("MOV R0, c[0x0][0x160]", *lines), "the same with a kernel parameter"
+
+
+@pytest.mark.parametrize(
+    ("source", "register"),
+    [
+        ("LDG.E.128 R0, [R20.64]", "R3"), ("LDSM.16.M88.4 R0, [R20]", "R3"), ("LDL R0, [R1]", "R0"),
+        ("HMMA.16816.F32 R0, R8, R12, R0", "R3"), ("HGMMA.64x64x16.F32 R24, gdesc[UR8], RZ, !UPT", "R55"),
+    ],
+)  # fmt: skip
+def test_sources_taint_every_register_they_write(source: str, register: str) -> None:
+    assert [f.kind for f in found(source, f"LDS R60, [{register}]")] == ["address"]
+    beyond = f"R{int(register[1:]) + 1}"
+    assert not found(source, f"LDS R60, [{beyond}]")
+
+
+def test_data_flows_through_guards_carries_packed_predicates_and_lanes() -> None:
+    compare = "FSETP.GT.AND P0, PT, R0, 8, PT"
+    use = "LDS R9, [R5]"
+    assert found(DATA, compare, "@P0 MOV R5, 0x10", use)
+    assert found(DATA, "IADD3 R4, P1, R0, R6, RZ", "IADD3.X R5, RZ, R7, RZ, P1, !PT", use)
+    assert found(DATA, compare, "P2R R5, PR, RZ, 0x1", use)
+    assert found(DATA, "R2P PR, R0, 0x9", "SEL R5, R6, R7, P3", use)
+    assert found(DATA, "SHFL.BFLY PT, R5, R0, 0x1, 0x1f", use)
+    assert found(DATA, "LOP3.LUT P2, R5, R0, 0x7, RZ, 0xc0, !PT", use)
+
+
+def test_data_flows_around_a_loop() -> None:
+    assert found("MOV R5, RZ", ".L_x_0:", "LDS R9, [R5]", "MOV R5, R9", "@P0 BRA `(.L_x_0)")
+
+
+def test_state_of_a_barrier_and_thread_indices_are_public() -> None:
+    assert not found(
+        ".L_x_0:", "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4+0x18000], R92", "@!P0 BRA `(.L_x_0)",
+        "S2R R2, SR_TID.X", "LDS R4, [R2]",
+    )  # fmt: skip
+
+
+def test_a_copys_predicate_is_read_not_written() -> None:
+    """nvdisasm's own register columns list it as written, which spoils the predicate for what follows."""
+    each = sass.decode("LDGSTS.E.BYPASS.128 [R0+0x1000], [R8.64], P0")
+    assert each.defs == 0
+    assert sass.names(each.uses) == ["R0", "R8", "R9", "P0"]
+
+
+def test_unmasked_predicates_do_not_flow() -> None:
+    assert not found(DATA, "FSETP.GT.AND P0, PT, R0, 8, PT", "P2R R5, PR, RZ, 0x4", "LDS R9, [R5]")
+
+
+def test_a_register_written_and_read_under_one_guard() -> None:
+    assert not found(DATA, "@P0 MOV R0, 0x10", "@P0 LDS R9, [R0]")
+    assert found(DATA, "@P0 MOV R0, 0x10", "@!P0 LDS R9, [R0]")
+    assert found(DATA, "@P0 MOV R0, 0x10", "LDS R9, [R0]")
+    assert found(DATA, "@P0 MOV R0, 0x10", "ISETP.NE.AND P0, PT, R6, RZ, PT", "@P0 LDS R9, [R0]"), "another P0"
+
+
+@pytest.mark.parametrize(("table", "clean"), [("0x40", True), ("0x80", False)])
+def test_a_branch_on_the_negation_of_a_guard(table: str, clean: bool) -> None:
+    """Written where UP0 holds; the branch is taken where P1, its negation, does not: never with the old value."""
+    findings = found(
+        DATA, "PLOP3.LUT P1, PT, PT, PT, UP0, 0x80, 0x0", "@P1 MOV R0, 0x10",
+        f"PLOP3.LUT P1, PT, PT, PT, UP0, {table}, 0x0", "@!P1 BRA `(.L_x_0)", "MOV R0, 0x20", ".L_x_0:", "LDS R9, [R0]",
+    )  # fmt: skip
+    assert (not findings) == clean
+
+
+def test_threads_that_met_go_on_where_their_own_bssy_says() -> None:
+    """B0 serves twice: the second meeting does not lead behind the first, where R2 is still an address."""
+    lines = [
+        "BSSY B0, `(.L_x_0)", "BSYNC B0", ".L_x_0:", "LDS R9, [R2]",
+        "MOV R2, R9", "BSSY B0, `(.L_x_1)", "BSYNC B0", ".L_x_1:", "MOV R2, RZ",
+    ]  # fmt: skip
+    assert not found(*lines)
+    assert found(*lines[:-1], "LDS R9, [R2]")
+
+
+def test_arithmetic_under_a_tainted_guard_is_counted() -> None:
+    seen = analyse(DATA, "FSETP.GEU.AND P0, PT, R0, -126, PT", "@!P0 FMUL R0, R0, 0.5", "MUFU.EX2 R0, R0")
+    assert (seen.guarded, seen.findings) == (1, ())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "FROBNICATE R0, R1", "HMMA.16816.F16 R0, R8, R12, R0", "HGMMA.64x64x16.F16 R24, gdesc[UR8], RZ, !UPT",
+        "F2F.F64.F32 R0, R2", "LDG.E R0, P0, [R2.64]", "MOV P0, R2",
+    ],
+)  # fmt: skip
+def test_what_is_not_known_is_refused(line: str) -> None:
+    with pytest.raises(sass.UnknownInstructionError):
+        analyse(line)
+
+
+def test_what_is_no_single_kernel_is_refused() -> None:
+    for text in ("", ".text.a:\n.text.b:\n        /*0000*/ EXIT ;\n"):
+        with pytest.raises(ValueError):
+            sass.parse(text)
+    with pytest.raises(ValueError, match="no such label"):
+        analyse("BRA `(.L_x_7)")
