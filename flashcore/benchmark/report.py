@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashcore.benchmark import peers_text, results, validation_text
+from flashcore.benchmark import peers_text, plots, results, validation_text
 from flashcore.benchmark.shapes import Shape
 from flashcore.benchmark.terminal import us
 from flashcore.measure import machine
@@ -235,6 +235,7 @@ def _suite(title: str, record: Record) -> Iterator[str]:
     yield f"### {title}"
     yield ""
     yield from _environment(record)
+    yield from (f"![{title}: latency, ratio to the best peer, TFLOP/s]({plots.filename(record)})", "")
     ceilings = record["ceilings"]
     if ceilings:
         yield (
