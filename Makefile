@@ -12,11 +12,12 @@ READY := .venv/.ready
 endif
 TRITONS := $(TRITON_OLDEST:%=.venv-triton/%/.ready) $(TRITON_NEWEST:%=.venv-triton/%/.ready)
 
-.PHONY: help validate test lint report clean
+.PHONY: help validate test gpu-test lint report clean
 
 help:
 	@echo "make validate   is attention correct here, and how many microseconds does a sequence cost?"
 	@echo "make test       the tests; those that need a GPU are skipped where there is none"
+	@echo "make gpu-test   the tests that need a GPU, several at once, and what came of them in results/"
 	@echo "make lint       ruff and mypy"
 	@echo "make report     write the documents' figures anew from results/"
 	@echo "make clean      remove what the commands above made"
@@ -27,12 +28,16 @@ validate: $(READY)
 test: $(READY) $(TRITONS)
 	$(PY) -m pytest
 
+gpu-test: $(READY)
+	$(PY) tests/run_on_gpu.py
+
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
 report: $(READY)
 	$(PY) -m flashcore.benchmark.report
+	$(PY) -m flashcore.benchmark.plots
 
 # With a GPU, the torch that $(PYTHON) already has is used as it is, wherever it lives: a .pth file names its folder.
 # Without one, the pinned pair: see constraints-cpu.txt.
