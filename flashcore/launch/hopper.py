@@ -20,7 +20,10 @@ _TYPES = {torch.float16: ("fp16", gl.float16), torch.bfloat16: ("bf16", gl.bfloa
 
 
 def bind(problem: Problem, config: Config, scale: float, target: Target) -> Binding:
-    """What to compile and pass to compute `problem` with `config`; `scale` multiplies q.k before the softmax."""
+    """What to compile and pass to compute `problem` with `config`; `scale` multiplies q.k before the softmax.
+
+    A grid with a 0 in it means that there is nothing to compute and nothing must be launched.
+    """
     p = problem
     block_d, block_dv = block_of(p.head_dim), block_of(p.head_dim_v)
     row_tiles = -(-p.seqlen_q // config.block_m)
@@ -50,7 +53,7 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
     }
     for name, size in (("row_tiles", row_tiles), ("heads", p.heads_q), ("pairs", pairs)):
         args[name] = Scalar("i32", size)
-        args[f"per_{name}"] = Scalar("i64", -(-(2**32) // size))
+        args[f"per_{name}"] = Scalar("i64", -(-(2**32) // max(size, 1)))
     args["items"] = Scalar("i32", items if persistent else 1)
 
     constexprs: dict[str, Any] = {} if p.return_lse else {"lse": None}

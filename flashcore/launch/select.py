@@ -92,14 +92,14 @@ def padded(dim: int, aligned_rows: bool) -> int:
 
 
 # (block_m, block_n, num_warps, registers a thread) by the padded head dimension: plain ones, and those for problems
-# that hide some scores, which takes a few registers more. With 128 registers 16 warps share an SM, with 168 12, with
-# 255 8.
+# that hide some scores or want the lse, which takes a few registers more. With 128 registers 16 warps share an SM,
+# with 168 12, with 255 8.
 _HOPPER: dict[int, tuple[tuple[_Tile, ...], tuple[_Tile, ...]]] = {
     32: (((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128)),
          ((64, 64, 4, 96), (64, 128, 4, 168))),
     64: (((64, 128, 4, 128), (128, 128, 8, 128), (64, 64, 4, 96), (64, 256, 4, 255)),
          ((64, 64, 4, 128), (64, 128, 4, 168), (128, 64, 8, 128))),
-    128: (((64, 64, 4, 168), (64, 128, 4, 168), (64, 128, 4, 255), (128, 128, 8, 255), (64, 64, 4, 128)),
+    128: (((64, 64, 4, 168), (64, 128, 4, 255), (128, 128, 8, 255), (64, 64, 4, 128)),
           ((64, 64, 4, 168), (64, 128, 4, 255), (128, 128, 8, 255))),
 }  # fmt: skip
 
@@ -111,11 +111,11 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
     configs = []
     for tile, schedule in product(dict.fromkeys((*plain, *masked)), ("", "persistent")):
         m, n, warps, registers = tile
-        hides = problem.is_causal or problem.seqlen_k % n != 0
-        single = problem.seqlen_k <= n
-        if tile not in (masked if hides and not single else plain):
+        single = problem.seqlen_k <= n  # one pass has registers to spare, and a block nothing to stay for
+        extra = problem.is_causal or problem.return_lse or problem.seqlen_k % n != 0
+        if tile not in (masked if extra and not single else plain):
             continue
-        if schedule and not _counts(problem, m):
+        if schedule and (single or not _counts(problem, m)):
             continue
         configs.append(Config("hopper", m, n, warps, 1, schedule, registers))
     return tuple(configs)
@@ -189,24 +189,26 @@ def _allowed(problem: Problem, target: Target, kernels: Sequence[str]) -> tuple[
 @cache
 def _rows(target: Target) -> tuple[lookup.Row, ...]:
     """The tuning table's rows for this architecture whose configuration is on the allow-list of their own problem."""
-    rows = lookup.table(target.arch)
-    known = tuple(row for row in rows if row.kernel in KERNELS and row.config in _listed(row, target))
-    if len(known) < len(rows):
-        first = next(row.config for row in rows if row not in known)
+    rows = {row: _listed(row, target) for row in lookup.table(target.arch)}
+    unknown = [row for row, listed in rows.items() if listed is not None and row.config not in listed]
+    if unknown:
         warnings.warn(
-            f"tuning table for sm_{target.arch}: {len(rows) - len(known)} rows name a configuration that is not on the"
-            f" allow-list and are not used, the first is {first}", RuntimeWarning, stacklevel=2
+            f"tuning table for sm_{target.arch}: {len(unknown)} rows name a configuration that is not on the"
+            f" allow-list and are not used, the first is {unknown[0].config}", RuntimeWarning, stacklevel=2
         )  # fmt: skip
-    return known
+    return tuple(row for row, listed in rows.items() if listed is not None and row.config in listed)
 
 
-def _listed(row: lookup.Row, target: Target) -> tuple[Config, ...]:
+def _listed(row: lookup.Row, target: Target) -> tuple[Config, ...] | None:
+    """The allow-list for a row's problem; None where its kernel does not serve here, under this Triton say."""
+    if row.kernel not in KERNELS:
+        return ()
     dtype = lookup.DTYPES[row.dtype]
     p = _problem(
         dtype, head_dim=row.head_dim, batch=row.heads, heads=1, seqlen_q=row.seqlen_q, seqlen_k=row.seqlen_k,
         is_causal=row.is_causal,
     )  # fmt: skip
-    return () if reasons(row.kernel, p, target) else _CONFIGS[row.kernel](p, target)
+    return None if reasons(row.kernel, p, target) else _CONFIGS[row.kernel](p, target)
 
 
 def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
@@ -251,8 +253,8 @@ def shipped(target: Target) -> Iterator[tuple[Problem, Config]]:
     yield from dict.fromkeys((problem, select(problem, target)) for problem in plain)
     for dim in _HEAD_DIMS:
         largest: dict[Config, Problem] = {}
-        for seqlen, is_causal in ((197, True), (64, True), (512, False)):
-            problem = _problem(head_dim=dim, seqlen_q=seqlen, is_causal=is_causal, return_lse=True)
+        for seqlen, is_causal, lse in ((197, True, True), (64, True, True), (512, False, True), (512, False, False)):
+            problem = _problem(head_dim=dim, seqlen_q=seqlen, is_causal=is_causal, return_lse=lse)
             for config in candidates(problem, target):
                 largest.setdefault(config, problem)
         yield from ((problem, config) for config, problem in largest.items())

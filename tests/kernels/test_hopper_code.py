@@ -1,0 +1,237 @@
+"""The Hopper kernel's machine code, compiled without a GPU: what its configurations promise holds in PTX and SASS."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flashcore.core.config import Config
+from flashcore.core.problem import Problem
+from flashcore.core.target import H100
+from flashcore.launch import capability, compiled, hopper
+from flashcore.launch.compile_check import resources
+from flashcore.launch.select import candidates
+
+pytestmark = pytest.mark.skipif(
+    not capability._triton().startswith(capability.TRITON_RELEASES), reason="not offered under this release of Triton"
+)
+
+
+def problem(seqlen: int = 512, head_dim: int = 64, *, batch: int = 32, **change: Any) -> Problem:
+    strides = (8 * seqlen * head_dim, seqlen * head_dim, head_dim)
+    plain = Problem(
+        torch.float16, batch, 8, 8, seqlen, seqlen, head_dim, head_dim, strides, strides, strides, strides
+    )  # fmt: skip
+    return dataclasses.replace(plain, **change)
+
+
+def configs(asked: Problem) -> list[Config]:
+    return [c for c in candidates(asked, H100) if c.kernel == "hopper"]
+
+
+@cache
+def code(asked: Problem, config: Config) -> compiled.Compiled:
+    return compiled.compile_for(hopper.bind(asked, config, 0.125, H100), 90)
+
+
+@cache
+def sass(asked: Problem, config: Config) -> tuple[str, ...]:
+    """The instructions in the order of their addresses, predicates in front."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(code(asked, config).cubin)
+        text = subprocess.run([tool, "-sass", file.name], check=True, capture_output=True, text=True).stdout
+    return tuple(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", text, re.MULTILINE))
+
+
+def places(instructions: tuple[str, ...], pattern: str) -> list[int]:
+    """Where the instructions are whose name, without predicate, matches."""
+    return [i for i, line in enumerate(instructions) if re.match(rf"(@!?U?P\w+ +)?(?:{pattern})(?![A-Z0-9])", line)]
+
+
+def ptxas(ptx: str) -> str:
+    """What the assembler that Triton takes for sm_90 says of this code."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file, "-o", file.with_suffix(".cubin")]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def variant(name: str, m: int, n: int, registers: int, schedule: str = "", **asked: Any) -> Any:
+    return pytest.param(problem(**asked), Config("hopper", m, n, m // 16, 1, schedule, registers), id=name)
+
+
+VARIANTS = pytest.mark.parametrize(
+    ("asked", "config"),
+    [
+        variant("plain", 64, 128, 128),
+        variant("plain-early", 64, 128, 128, batch=2),
+        variant("persistent", 64, 128, 128, "persistent"),
+        variant("single", 64, 128, 128, seqlen=128),
+        variant("bf16-persistent", 64, 64, 96, "persistent", dtype=torch.bfloat16),
+        variant("causal", 64, 64, 128, is_causal=True),
+        variant("causal-uneven-lse", 64, 128, 168, seqlen=197, is_causal=True, return_lse=True),
+        variant("causal-empty-rows-persistent", 64, 128, 168, "persistent", is_causal=True, seqlen_k=256),
+        variant("uneven-gqa", 128, 64, 128, seqlen=500, heads_kv=2),
+        variant("one-pass-uneven-lse", 64, 256, 255, seqlen=197, return_lse=True),
+        variant("dim-16", 64, 128, 128, head_dim=16),
+        variant("dim-128-lse", 64, 128, 255, head_dim=128, return_lse=True),
+        variant("dim-128-64-persistent", 128, 128, 255, "persistent", head_dim=128, head_dim_v=64),
+    ],
+)
+
+
+@VARIANTS
+def test_is_on_the_allow_list(asked: Problem, config: Config) -> None:
+    assert config in configs(asked)
+
+
+@VARIANTS
+def test_products(asked: Problem, config: Config) -> None:
+    text = sass(asked, config)
+    d, dv = hopper.block_of(asked.head_dim), hopper.block_of(asked.head_dim_v)
+    bf16 = ".BF16" if asked.dtype == torch.bfloat16 else ""
+    products = [text[i] for i in places(text, r"\w*MMA[.\w]*")]
+    shared = [p for p in products if re.match(rf"HGMMA\.64x{config.block_n}x16\.F32{bf16} R\d+, gdesc", p)]
+    in_registers = [p for p in products if re.match(rf"HGMMA\.64x{dv}x16\.F32{bf16} R\d+, R\d+, gdesc", p)]
+    assert len(shared) == d // 16, "q and k from shared memory, 16 columns each, accumulated in fp32"
+    assert len(in_registers) == config.block_n // 16, "the weights from registers, 16 keys each, accumulated in fp32"
+    assert len(products) == len(shared) + len(in_registers), "no other matrix product"
+
+
+@VARIANTS
+def test_tensors_go_through_tma_alone(asked: Problem, config: Config) -> None:
+    text = sass(asked, config)
+    tiles = asked.seqlen_k > config.block_n
+    refills = 3 if config.schedule == "persistent" else 2 if tiles else 0
+    loads, stores = places(text, r"UTMALDG[.\w]*"), places(text, r"UTMASTG[.\w]*")
+    assert len(loads) == 3 + refills and len(stores) == 1
+    assert all(".4D" in text[i] for i in (*loads, *stores))
+    assert not places(text, r"(LDG|LD|LDGSTS|LDL|STL|ST|ATOM|ATOMG|RED|REDG|UBLKCP|UBLKRED)(\.\S+)?")
+    written = places(text, r"STG(\.\S+)?")
+    assert len(written) == (2 if asked.return_lse else 0), "the lse of the two rows that a thread shares"
+
+
+@VARIANTS
+def test_resources(asked: Problem, config: Config) -> None:
+    compiled_ = code(asked, config)
+    registers, stack = resources(compiled_.cubin)
+    assert config.maxnreg is not None
+    assert stack == 0
+    assert 0 < registers <= config.maxnreg
+    counted = hopper.smem(asked, config)
+    assert counted - 64 < compiled_.shared <= counted <= H100.smem_per_block
+    by_registers = 65_536 // (-(-registers // 8) * 8 * compiled_.threads)  # registers come in eights
+    by_memory = H100.smem_per_sm // (compiled_.shared + 1024)
+    assert hopper.blocks_per_sm(asked, config, H100) <= min(by_registers, by_memory, 2048 // compiled_.threads)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        pytest.param(problem(), id="plain"),
+        pytest.param(problem(return_lse=True), id="lse"),
+        pytest.param(problem(128), id="single"),
+        pytest.param(problem(64, batch=2, is_causal=True, return_lse=True), id="single-causal-lse"),
+        pytest.param(problem(197, is_causal=True, return_lse=True), id="causal-uneven-lse"),
+        pytest.param(problem(500, return_lse=True), id="uneven-lse"),
+        pytest.param(problem(head_dim=32, return_lse=True), id="dim-32-lse"),
+        pytest.param(problem(100, head_dim=32, is_causal=True, return_lse=True), id="dim-32-single-causal-lse"),
+        pytest.param(problem(head_dim=128, return_lse=True), id="dim-128-lse"),
+        pytest.param(problem(128, head_dim=128), id="dim-128-single"),
+        pytest.param(problem(128, head_dim=128, is_causal=True), id="dim-128-single-causal"),
+    ],
+)
+def test_nothing_that_may_be_chosen_spills(asked: Problem) -> None:
+    found = {config: resources(code(asked, config).cubin) for config in configs(asked)}
+    assert found
+    assert not {config: stack for config, (_, stack) in found.items() if stack}, "bytes of stack a thread"
+
+
+@VARIANTS
+def test_products_are_not_serialised(asked: Problem, config: Config) -> None:
+    assert not re.findall(r"C75\d\d", ptxas(code(asked, config).ptx))
+
+
+def test_the_assembler_says_when_it_changes_the_order_of_products() -> None:
+    asked = problem()
+    ptx = code(asked, configs(asked)[0]).ptx
+    assert len(re.findall(r"wgmma\.wait_group\.sync\.aligned\s+0;", ptx)) == 2
+    without = "\n".join(line for line in ptx.splitlines() if "wgmma.wait_group" not in line)
+    assert re.search(r"C75\d\d", ptxas(without))
+
+
+@VARIANTS
+def test_the_set_up_overlaps_with_the_kernel_before(asked: Problem, config: Config) -> None:
+    ptx = code(asked, config).ptx
+    waits, launches, ready, loads = (
+        [found.start() for found in re.finditer(pattern, ptx)]
+        for pattern in (
+            r"griddepcontrol\.wait", r"griddepcontrol\.launch_dependents", r"mbarrier\.init", r"cp\.async\.bulk\.tensor"
+        )
+    )  # fmt: skip
+    assert (len(waits), len(launches), len(ready)) == (1, 1, 3)
+    assert max(ready) < waits[0] < min(loads)
+    text = sass(asked, config)
+    (waits,), (launches,) = places(text, "ACQBULK"), places(text, "PREEXIT")
+    loads, products = places(text, r"UTMALDG[.\w]*"), places(text, r"HGMMA[.\w]*")
+    assert waits < loads[0]
+    if hopper.bind(asked, config, 0.125, H100).constexprs["LATE"]:
+        assert products[-1] < launches
+    else:
+        assert loads[2] < launches < products[0]
+
+
+@VARIANTS
+def test_softmax_lies_between_the_products(asked: Problem, config: Config) -> None:
+    text = sass(asked, config)
+    products = places(text, r"HGMMA[.\w]*")
+    begin, end = (products[hopper.block_of(asked.head_dim) // 16 + i] for i in (-1, 0))
+    waits = places(text, r"WARPGROUP\.DEPBAR[.\w]*")
+    exponentials = places(text, r"MUFU\.EX2")
+    assert len(waits) == 2 and begin < waits[0] < exponentials[0] < exponentials[-1] < end and products[-1] < waits[1]
+    scores, outputs = (
+        config.block_m * columns // code(asked, config).threads
+        for columns in (config.block_n, hopper.block_of(asked.head_dim_v))
+    )
+    tiles = asked.seqlen_k > config.block_n
+    assert len(exponentials) == scores + 2 * tiles, "one a score, and one for each of a thread's two rows"
+
+    def count(name: str) -> int:
+        return len([i for i in places(text, rf"{name}[.\w]*") if begin < i < end])
+
+    assert scores <= count("FFMA") <= scores + 4, "scale and maximum are one instruction a score"
+    assert scores <= count("FMNMX") <= scores + 4
+    assert count("FADD") <= scores
+    assert count("FMUL") <= outputs * tiles + 2, "the rescale, and none with a single tile of keys"
+    assert count("F2FP") == scores // 2
+
+
+@VARIANTS
+def test_all_warps_are_done_with_a_buffer_that_is_filled_again(asked: Problem, config: Config) -> None:
+    text = sass(asked, config)
+    barriers = places(text, r"BAR\.SYNC[.\w]*")
+    waits = places(text, r"WARPGROUP\.DEPBAR[.\w]*")
+    for refill in places(text, r"UTMALDG[.\w]*")[3:]:
+        read = max(i for i in waits if i < refill)
+        assert any(read < i < refill for i in barriers)
+    (leaves,) = places(text, r"UTMASTG[.\w]*")
+    staged = max(places(text, r"STSM?(\.\S+)?"))
+    (fence,) = (i for i in places(text, r"FENCE\.VIEW\.ASYNC[.\w]*") if staged < i < leaves)
+    assert any(fence < i < leaves for i in barriers), "TMA sees what every warp wrote"
+    first = min(i for i in places(text, r"STSM?(\.\S+)?") if i > waits[0])
+    assert any(waits[0] < i < first for i in barriers), "the output's buffer may be q's"
