@@ -111,7 +111,7 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
     configs = []
     for tile, schedule in product(dict.fromkeys((*plain, *masked)), ("", "persistent")):
         m, n, warps, registers = tile
-        single = problem.seqlen_k <= n  # one pass has registers to spare, and a block nothing to stay for
+        single = problem.seqlen_k <= n  # one pass needs fewer registers, and its block has nothing to stay for
         extra = problem.is_causal or problem.return_lse or problem.seqlen_k % n != 0
         if tile not in (masked if extra and not single else plain):
             continue
