@@ -12,13 +12,16 @@ from typing import Any
 
 _LOG2E = 1.4426950408889634
 
+# What a kernel may be given the address of, in the order in which the launcher keeps addresses.
+TENSORS = ("q", "k", "v", "o", "lse", "mask", "seqused_k", "cu_seqlens_q", "cu_seqlens_k")
+
 
 @dataclass(frozen=True, slots=True)
 class Pointer:
-    """A tensor passed by address: "q", "k", "v", "o", "lse" ..."""
+    """A tensor passed by address: of TENSORS"""
 
-    tensor: str
-    type: str  # Triton's type: "*fp16", "*bf16", "*fp32"
+    tensor: str  # one of TENSORS
+    type: str  # Triton's type: "*fp16", "*bf16", "*fp32", "*i32", "*u8" (bool)
     aligned: bool  # the address is a multiple of 16 bytes
 
 
@@ -32,6 +35,7 @@ class Tma:
     strides: tuple[int, ...]  # the last one is 1
     box: tuple[int, ...]
     layout: Any  # Gluon's NVMMASharedLayout of the box
+    offset: int = 0  # bytes from the tensor's address to the descriptor's: below 0 for ragged rows
 
 
 @dataclass(frozen=True, slots=True)

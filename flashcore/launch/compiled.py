@@ -141,7 +141,7 @@ def descriptor(argument: Tma, address: int) -> Any:
     """`argument` at `address`, as `runner` takes it."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    base = _Address(address, argument.dtype)
+    base = _Address(address + argument.offset, argument.dtype)
     return TensorDescriptor(base, list(argument.shape), list(argument.strides), list(argument.box), argument.layout)
 
 

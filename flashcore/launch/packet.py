@@ -186,7 +186,7 @@ def _encoder(argument: Tma, encoding: dict[str, Any]) -> Callable[[int], driver.
     @lru_cache(maxsize=MAX_TENSOR_MAPS)
     def encode(address: int) -> driver.TensorMap:
         return driver.TensorMap(
-            address, argument.dtype, argument.shape, argument.strides, encoding["block_size"], encoding["swizzle"]
+            address + argument.offset, argument.dtype, argument.shape, argument.strides, encoding["block_size"], encoding["swizzle"]
         )
 
     return encode
