@@ -14,14 +14,16 @@ if TYPE_CHECKING:
     from flashcore.core.errors import UnsupportedError
     from flashcore.fast.attention_production import attention
     from flashcore.fast.planning import explain, warmup
+    from flashcore.fast.varlen import attention_varlen
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["UnsupportedError", "__version__", "attention", "explain", "warmup"]
+__all__ = ["UnsupportedError", "__version__", "attention", "attention_varlen", "explain", "warmup"]
 
 _HOMES = {
     "UnsupportedError": "flashcore.core.errors",
     "attention": "flashcore.fast.attention_production",
+    "attention_varlen": "flashcore.fast.varlen",
     "explain": "flashcore.fast.planning",
     "warmup": "flashcore.fast.planning",
 }

@@ -11,14 +11,16 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from flashcore.core.errors import UnsupportedError
-from flashcore.launch import cpu, ops, shim
-from flashcore.launch.arguments import Options, check, check_extras, check_tensors
-from flashcore.launch.launcher import Key, Run, find, prepare, recent, recent_into, remember
+from flashcore.launch import ops, shim
+from flashcore.launch.arguments import Options, check, check_tensors
+from flashcore.launch.gradients import Call
+from flashcore.launch.launcher import find, prepare, recall, recent, recent_into
 from flashcore.launch.torch_private import dispatch_modes, functorch_is_active, is_plain
 
 __all__ = ["attention"]
 
-_KERNEL_DEVICES = ("cuda",)  # whose tensors kernels read; the reference path serves the others
+KERNEL_DEVICES = ("cuda",)  # whose tensors kernels read; the reference path serves the others
+
 
 def attention(
     q: Tensor,
@@ -70,105 +72,66 @@ def attention(
     compiling = is_dynamo_compiling()  # a constant to Dynamo, which then never sees the ways around the operator
     if not compiling and shim.attend is not None:
         result = shim.attend(
-            q, k, v, out, block_m, block_n, is_causal, scale, return_lse, layout, backend,
-            window, softcap, attn_mask, seqused_k,
+            q, k, v, out, attn_mask, seqused_k,
+            block_m, block_n, is_causal, scale, return_lse, layout, backend, window, softcap, None, None,
         )  # fmt: skip
         if result is not None:
             return result  # type: ignore[no-any-return]
-    key = (
-        block_m, block_n, is_causal, scale, return_lse, layout, backend, window, softcap, attn_mask, seqused_k,
-    )  # fmt: skip
+    key: tuple[Any, ...] = block_m, block_n, is_causal, scale, return_lse, layout, backend, window, softcap
+    plain = attn_mask is None and seqused_k is None
     if not (compiling or dispatch_modes() or forward_ad._current_level >= 0):
         try:
-            entry = recent.get(key) if out is None else recent_into.get(key)
-            if entry is None or not (entry.guard(q, k, v) if out is None else entry.guard(q, k, v, out)):
-                entry = find(key, q, k, v, out)
+            if not plain:
+                entry = recall((*key, attn_mask is None, seqused_k is None), q, k, v, out, attn_mask, seqused_k)
+            else:
+                entry = recent.get(key) if out is None else recent_into.get(key)
+                if entry is None or not (entry.guard(q, k, v) if out is None else entry.guard(q, k, v, out)):
+                    entry = find(key, q, k, v, out)
         except (TypeError, AttributeError):  # an option without a hash, as a list; an argument that is no tensor
             entry = None
         if entry is not None:
-            result = entry.run(q, k, v, out)
+            result = entry.run(q, k, v, out) if plain else entry.run(q, k, v, out, attn_mask, seqused_k)
             if result is not None:
                 return result
-    return _attend(q, k, v, out, key)
+    return _attend(q, k, v, out, attn_mask, seqused_k, key)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, key: Key) -> Tensor | tuple[Tensor, Tensor]:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, attn_mask: Tensor | None, seqused_k: Tensor | None,
+    asked: tuple[Any, ...],
+) -> Tensor | tuple[Tensor, Tensor]:
     """A call seen for the first time, or one that something else has to see as an operator."""
-    inputs = (q, k, v)
-    options, extras = Options(*key[:7]), _extras(*key[7:])
-    if torch.overrides.has_torch_function(inputs):
+    options, extra = Options(*asked), (attn_mask, seqused_k)
+    everything = (q, k, v, out, *extra)
+    named = {"attn_mask": attn_mask, "seqused_k": seqused_k, **options._asdict()}
+    if torch.overrides.has_torch_function(everything):
         override: Any = torch.overrides.handle_torch_function
-        return override(attention, inputs, *inputs, out=out, **options._asdict(), **extras)  # type: ignore[no-any-return]
-    check_tensors(q, k, v, out)
+        return override(attention, everything, q, k, v, out=out, **named)  # type: ignore[no-any-return]
+    check_tensors(q=q, k=k, v=v, out=out, attn_mask=attn_mask, seqused_k=seqused_k)
     device = q.device.type
-    if out is None and any(t.dtype == torch.float32 for t in inputs) and _is_autocast(device):
+    if out is None and any(t.dtype == torch.float32 for t in (q, k, v)) and is_autocast(device):
         # As torch's own attention, except that half precision of either kind stays what it is.
         dtype = torch.get_autocast_dtype(device)
-        return attention(q.to(dtype), k.to(dtype), v.to(dtype), **options._asdict(), **extras)
-    check(q, k, v, options, out)
-    check_extras(q, k, options.layout, **extras)
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in inputs):
+        return attention(q.to(dtype), k.to(dtype), v.to(dtype), **named)
+    check(q, k, v, options, out, *extra)
+    options = options._replace(window=(options.window[0], options.window[1]))  # of a list, too
+    tensors = [t for t in everything if t is not None]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise UnsupportedError("attention() has no forward-mode derivative")
-    if extras:
-        if device != "cpu":
-            raise UnsupportedError("attention()", {"every kernel": [f"{name} is not served yet" for name in extras]})
-        return _pick(cpu.forward(q, k, v, out, options, **extras), options)
 
-    if is_dynamo_compiling() or any(type(t) not in (Tensor, Parameter) for t in inputs):
-        return _operator(q, k, v, out, options)
-    if not is_plain():
-        if functorch_is_active() and out is None:
-            return ops.Transformable.apply(q, k, v, options)  # type: ignore[no-untyped-call, no-any-return]
-        return _operator(q, k, v, out, options)
-    if device not in _KERNEL_DEVICES:
-        return _operator(q, k, v, out, options)
-    run, kernel = prepare(q, k, v, out, options)
-    if any(t.requires_grad for t in inputs) or (out is not None and out.requires_grad):
-        run = _with_gradient(run, options)
-    remember(key, q, k, v, out, run, kernel)
-    result = run(q, k, v, out)
+    direct = device in KERNEL_DEVICES and not is_dynamo_compiling()
+    if not direct or any(type(t) not in (Tensor, Parameter) for t in tensors) or not is_plain():
+        if not is_dynamo_compiling() and functorch_is_active() and out is None:
+            return ops.Transformable.apply(q, k, v, *extra, Call(options))  # type: ignore[no-untyped-call, no-any-return]
+        return ops.by_operator(q, k, v, out, extra, Call(options))
+    key = options if extra == (None, None) else (*options, attn_mask is None, seqused_k is None)
+    run = ops.serve(
+        key, everything, (*options, None, None), Call(options), lambda o: prepare(q, k, v, out, o, *extra)
+    )  # fmt: skip
+    result = run(*everything)
     assert result is not None  # it was prepared for these very tensors
     return result
 
 
-def _is_autocast(device: str) -> bool:
+def is_autocast(device: str) -> bool:
     return device in ("cuda", "cpu") and torch.is_autocast_enabled(device)
-
-
-def _with_gradient(run: Run, options: Options) -> Run:
-    """`run` for tensors of which one requires grad, whatever the grad mode is when it is called."""
-
-    def call(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Any:
-        if not torch.is_grad_enabled():
-            return run(q, k, v, out)
-        if out is not None:
-            return None  # refused by what looks at the call next
-        return ops.Differentiable.apply(q, k, v, options, run)  # type: ignore[no-untyped-call]
-
-    return call
-
-
-def _operator(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, options: Options) -> Tensor | tuple[Tensor, Tensor]:
-    if out is None:
-        return _pick(ops.attention(q, k, v, **options._asdict()), options)
-    return _pick((out, ops.attention_out(q, k, v, out, **options._asdict())), options)
-
-
-def _pick(both: tuple[Tensor, Tensor], options: Options) -> Tensor | tuple[Tensor, Tensor]:
-    return both if options.return_lse else both[0]
-
-
-def _extras(
-    window: tuple[int, int], softcap: float, attn_mask: Tensor | None, seqused_k: Tensor | None
-) -> dict[str, Any]:
-    """The options in use that only the reference path serves so far."""
-    extras: dict[str, Any] = {}
-    if tuple(window) != (-1, -1):
-        extras["window"] = tuple(window)
-    if softcap != 0:
-        extras["softcap"] = softcap
-    if attn_mask is not None:
-        extras["attn_mask"] = attn_mask
-    if seqused_k is not None:
-        extras["seqused_k"] = seqused_k
-    return extras

@@ -5,8 +5,8 @@
    bytes, and the parameters of the kernel are patched into a copy of a prepared block.
 
    A call is served only where nothing has to see it: exact tensor types, the thread's dispatch keys as they were when
-   the entry was added, no gradient, no forward-mode level, the context of the tensors' device. Everything else
-   returns None, and the caller goes the Python way. No header but Python's is needed, and libcuda is not linked: all
+   the entry was added, no forward-mode level, the context of the tensors' device. One that needs a gradient is handed
+   to autograd, which calls here again. Everything else returns None, and the caller goes the Python way. No header but Python's is needed, and libcuda is not linked: all
    foreign functions arrive as addresses. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -55,18 +55,23 @@ extern __thread DispatchKeys thread_keys __asm__("_ZN3c104impl26raw_local_dispat
 
 enum {
   OPTIONS = 11,    /* options of a call, compared by identity first */
-  INPUTS = 3,      /* q, k, v */
-  TENSORS = 5,     /* q, k, v, out, lse */
+  GIVEN = 6,       /* q, k, v, out, and two more: mask and seqused_k, or cu_seqlens_q and cu_seqlens_k */
+  OUT = 3,
+  TENSORS = 7,     /* those and lse, which comes after out as in binding.TENSORS */
   DIMS = 4,
   MAX_PARAMETERS = 64,
   MAX_BLOCK = 4096, /* bytes of parameters that a kernel can have */
   MAX_ATTRIBUTES = 4,
   MAPS = 64,       /* TMA descriptors kept for one parameter, a power of two */
   BUCKETS = 256,   /* a power of two */
-  MAX_ENTRIES = 256,
+  MAX_ENTRIES = 512,
 };
 
-typedef struct { int64_t shape[DIMS], strides[DIMS]; } Look;
+typedef struct {
+  int32_t ndim; /* -1 = the tensor was left out */
+  DLDataType dtype;
+  int64_t shape[DIMS], strides[DIMS];
+} Look;
 
 typedef struct {
   uintptr_t address;
@@ -81,12 +86,14 @@ typedef struct {
 
 typedef struct Entry {
   struct Entry *next;
+  unsigned bucket;
   int users, unlinked;      /* calls at work on it; freed by the last one when it is no longer in the table */
   PyObject *options[OPTIONS];
-  int has_out, has_lse, aligned;
-  Look looks[INPUTS + 1];
-  int64_t span[INPUTS + 1]; /* bytes that a tensor reaches over */
-  DLDataType dtype;
+  int has_lse;
+  int aligned;              /* whether q, k, v and out start at multiples of 16 bytes */
+  int extra_aligned;        /* whether the first of the two more does, -1 = it does not matter */
+  Look looks[GIVEN];
+  int64_t span[GIVEN];      /* bytes that a tensor reaches over */
   DLDevice device;
   DispatchKeys keys;
   void *context, *function;
@@ -97,10 +104,12 @@ typedef struct Entry {
   uint16_t offsets[MAX_PARAMETERS];
   uint8_t *block;
   PyObject *out_size, *out_stride, *out_dtype, *lse_size, *lse_stride, *lse_dtype;
+  PyObject *apply, *graph;  /* apply(q, k, v, extra, extra, graph) is the call with gradients; NULL = not known */
 } Entry;
 
 static Entry *buckets[BUCKETS];
-static int n_entries;
+static Entry *by_age[MAX_ENTRIES]; /* the entry that a new one replaces is at `oldest` */
+static int oldest;
 
 /* -- what `setup` is given ---------------------------------------------------------------------------------------- */
 
@@ -119,38 +128,51 @@ static int view(PyObject *tensor, DLTensor *t) {
     PyErr_Clear();
     return 0;
   }
-  return t->ndim == DIMS;
+  return t->ndim <= DIMS;
+}
+
+/* The tensors of a call, ndim -1 for those left out; 0 where one is none that this file knows. */
+static int view_all(PyObject *const *given, DLTensor *t) {
+  for (int i = 0; i < GIVEN; i++)
+    if (i >= OUT && given[i] == Py_None)
+      t[i].ndim = -1;
+    else if (!view(given[i], &t[i]))
+      return 0;
+  return t[0].ndim >= 3 && t[1].ndim >= 3;
 }
 
 static uintptr_t address_of(const DLTensor *t) { return (uintptr_t)t->data + t->byte_offset; }
 
-static unsigned bucket_of(const DLTensor *t, int has_out) {
-  uint64_t h = (uint64_t)has_out;
-  for (int i = 0; i < DIMS; i++) h = (h ^ (uint64_t)t[0].shape[i]) * 0x9E3779B97F4A7C15u;
-  h = (h ^ (uint64_t)t[1].shape[1]) * 0x9E3779B97F4A7C15u;
-  h = (h ^ (uint64_t)t[1].shape[2]) * 0x9E3779B97F4A7C15u;
+static unsigned bucket_of(const DLTensor *t) {
+  uint64_t h = (uint64_t)(t[OUT].ndim < 0);
+  for (int i = 0; i < t[0].ndim; i++) h = (h ^ (uint64_t)t[0].shape[i]) * 0x9E3779B97F4A7C15u;
+  for (int i = 0; i < 3; i++) h = (h ^ (uint64_t)t[1].shape[i]) * 0x9E3779B97F4A7C15u;
   return (unsigned)(h >> 32) & (BUCKETS - 1);
 }
 
 static int looks_like(const DLTensor *t, const Look *look, const Entry *e) {
-  return !memcmp(t->shape, look->shape, sizeof look->shape) && !memcmp(t->strides, look->strides, sizeof look->strides)
-      && !memcmp(&t->dtype, &e->dtype, sizeof e->dtype) && !memcmp(&t->device, &e->device, sizeof e->device);
+  if (t->ndim != look->ndim) return 0;
+  if (t->ndim < 0) return 1;
+  size_t bytes = (size_t)t->ndim * sizeof *t->shape;
+  return !memcmp(t->shape, look->shape, bytes) && !memcmp(t->strides, look->strides, bytes)
+      && !memcmp(&t->dtype, &look->dtype, sizeof t->dtype) && !memcmp(&t->device, &e->device, sizeof e->device);
 }
 
-/* Options are mostly the very objects of the entry: defaults, True, False, interned strings. A scale need not be. */
+/* Options are mostly the very objects of the entry: defaults, True, False, interned strings. A scale or a window need not be. */
 static int same_option(PyObject *a, PyObject *b) {
   if (a == b) return 1;
   if (PyFloat_CheckExact(a) && PyFloat_CheckExact(b)) return PyFloat_AS_DOUBLE(a) == PyFloat_AS_DOUBLE(b);
   if (PyLong_CheckExact(a) && PyLong_CheckExact(b)) return PyObject_RichCompareBool(a, b, Py_EQ) == 1;
   if (PyUnicode_CheckExact(a) && PyUnicode_CheckExact(b)) return PyUnicode_Compare(a, b) == 0;
+  if (PyTuple_CheckExact(a) && PyTuple_CheckExact(b)) return PyObject_RichCompareBool(a, b, Py_EQ) == 1;
   return 0;
 }
 
-static Entry *find(const DLTensor *t, int has_out, PyObject *const *options) {
-  for (Entry *e = buckets[bucket_of(t, has_out)]; e; e = e->next) {
-    if (e->has_out != has_out || memcmp(&e->keys, &thread_keys, sizeof e->keys)) continue;
+static Entry *find(const DLTensor *t, PyObject *const *options) {
+  for (Entry *e = buckets[bucket_of(t)]; e; e = e->next) {
+    if (memcmp(&e->keys, &thread_keys, sizeof e->keys)) continue;
     int same = 1;
-    for (int i = 0; same && i < INPUTS + has_out; i++) same = looks_like(&t[i], &e->looks[i], e);
+    for (int i = 0; same && i < GIVEN; i++) same = looks_like(&t[i], &e->looks[i], e);
     for (int i = 0; same && i < OPTIONS; i++) same = same_option(options[i], e->options[i]);
     if (same) return e;
   }
@@ -164,11 +186,15 @@ static int requires_grad(PyObject *tensor) {
   return flag != Py_False;
 }
 
-/* Autograd, forward mode and other devices are the Python path's business. */
-static int ordinary(const Entry *e, PyObject *const *tensors, int n) {
+static int needs_gradient(PyObject *const *given) {
   if (grad_mode())
-    for (int i = 0; i < n; i++)
-      if (requires_grad(tensors[i])) return 0;
+    for (int i = 0; i < GIVEN; i++)
+      if (given[i] != Py_None && requires_grad(given[i])) return 1;
+  return 0;
+}
+
+/* Forward mode and other devices are the Python path's business. */
+static int ordinary(const Entry *e) {
   PyObject *level = PyObject_GetAttr(forward_ad, name_level);
   long depth = level ? PyLong_AsLong(level) : 0;
   Py_XDECREF(level);
@@ -181,11 +207,14 @@ static int ordinary(const Entry *e, PyObject *const *tensors, int n) {
 }
 
 static int addresses_fit(const Entry *e, const uintptr_t *a) {
-  uintptr_t all = a[0] | a[1] | a[2] | (e->has_out ? a[3] : 0);
+  uintptr_t all = a[0] | a[1] | a[2] | a[OUT]; /* 0 = left out */
   if ((all % 16 == 0) != e->aligned) return 0;
-  if (e->has_out) /* an overlap is the Python path's to report */
-    for (int i = 0; i < INPUTS; i++)
-      if (a[3] < a[i] + (uintptr_t)e->span[i] && a[i] < a[3] + (uintptr_t)e->span[3]) return 0;
+  if (e->extra_aligned >= 0 && (a[OUT + 2] % 16 == 0) != e->extra_aligned) return 0;
+  if (a[OUT]) /* an overlap is the Python path's to report */
+    for (int i = 0; i < GIVEN; i++) {
+      uintptr_t at = a[i < OUT ? i : i + 1];
+      if (i != OUT && a[OUT] < at + (uintptr_t)e->span[i] && at < a[OUT] + (uintptr_t)e->span[OUT]) return 0;
+    }
   return 1;
 }
 
@@ -255,31 +284,36 @@ static int launch(Entry *e, const uintptr_t *addresses) {
 
 static void drop(Entry *e);
 
-/* attend(q, k, v, out, *options) -> what attention() returns, or None where the Python path has to serve. */
+/* attend(q, k, v, out, extra, extra, *options) -> what attention() returns, or None where the Python path has to
+   serve. */
 static PyObject *attend(PyObject *module, PyObject *const *a, Py_ssize_t n) {
   (void)module;
-  if (n != INPUTS + 1 + OPTIONS) {
-    PyErr_SetString(PyExc_TypeError, "attend: expected q, k, v, out and the options");
+  if (n != GIVEN + OPTIONS) {
+    PyErr_SetString(PyExc_TypeError, "attend: expected q, k, v, out, two more tensors and the options");
     return NULL;
   }
-  DLTensor t[INPUTS + 1];
+  DLTensor t[GIVEN];
   uintptr_t addresses[TENSORS] = {0};
-  int has_out = a[INPUTS] != Py_None;
-  for (int i = 0; i < INPUTS + has_out; i++) {
-    if (!view(a[i], &t[i])) Py_RETURN_NONE;
-    addresses[i] = address_of(&t[i]);
-  }
-  Entry *e = find(t, has_out, a + INPUTS + 1);
-  if (!e || !addresses_fit(e, addresses) || !ordinary(e, a, INPUTS + has_out)) Py_RETURN_NONE;
+  if (!view_all(a, t)) Py_RETURN_NONE;
+  for (int i = 0; i < GIVEN; i++)
+    if (t[i].ndim >= 0) addresses[i <= OUT ? i : i + 1] = address_of(&t[i]);
+  Entry *e = find(t, a + GIVEN);
+  if (!e || !addresses_fit(e, addresses) || !ordinary(e)) Py_RETURN_NONE;
 
   PyObject *out, *lse = NULL, *result = NULL;
   e->users++; /* what follows may let other threads run */
-  out = has_out ? Py_NewRef(a[INPUTS]) : allocate(e->out_size, e->out_stride, e->out_dtype, &addresses[3]);
-  if (out && e->has_lse) lse = allocate(e->lse_size, e->lse_stride, e->lse_dtype, &addresses[4]);
-  if (out && (lse || !e->has_lse) && !launch(e, addresses))
-    result = e->has_lse ? PyTuple_Pack(2, out, lse) : Py_NewRef(out);
-  Py_XDECREF(out);
-  Py_XDECREF(lse);
+  if (needs_gradient(a)) {
+    PyObject *arguments[] = {a[0], a[1], a[2], a[OUT + 1], a[OUT + 2], e->graph};
+    result = e->apply && a[OUT] == Py_None ? PyObject_Vectorcall(e->apply, arguments, 6, NULL) : Py_NewRef(Py_None);
+  } else {
+    int has_out = a[OUT] != Py_None;
+    out = has_out ? Py_NewRef(a[OUT]) : allocate(e->out_size, e->out_stride, e->out_dtype, &addresses[OUT]);
+    if (out && e->has_lse) lse = allocate(e->lse_size, e->lse_stride, e->lse_dtype, &addresses[OUT + 1]);
+    if (out && (lse || !e->has_lse) && !launch(e, addresses))
+      result = e->has_lse ? PyTuple_Pack(2, out, lse) : Py_NewRef(out);
+    Py_XDECREF(out);
+    Py_XDECREF(lse);
+  }
   if (--e->users == 0 && e->unlinked) drop(e);
   return result;
 }
@@ -292,23 +326,28 @@ static void drop(Entry *e) {
     Py_XDECREF(e->slots[i].encode);
     PyMem_Free(e->slots[i].maps);
   }
-  PyObject *owned[] = {e->out_size, e->out_stride, e->out_dtype, e->lse_size, e->lse_stride, e->lse_dtype};
+  PyObject *owned[] = {e->out_size, e->out_stride, e->out_dtype, e->lse_size,
+                       e->lse_stride, e->lse_dtype, e->apply, e->graph};
   for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) Py_XDECREF(owned[i]);
   PyMem_Free(e->block);
   PyMem_Free(e);
 }
 
+static void retire(int age) {
+  Entry *e = by_age[age];
+  by_age[age] = NULL;
+  if (!e) return;
+  Entry **at = &buckets[e->bucket];
+  while (*at != e) at = &(*at)->next;
+  *at = e->next;
+  e->unlinked = 1;
+  if (!e->users) drop(e);
+}
+
 static PyObject *forget(PyObject *module, PyObject *unused) {
   (void)module;
   (void)unused;
-  for (int i = 0; i < BUCKETS; i++)
-    while (buckets[i]) {
-      Entry *e = buckets[i];
-      buckets[i] = e->next;
-      n_entries--;
-      e->unlinked = 1;
-      if (!e->users) drop(e);
-    }
+  for (int i = 0; i < MAX_ENTRIES; i++) retire(i);
   Py_RETURN_NONE;
 }
 
@@ -367,30 +406,47 @@ static int read_slots(Entry *e, PyObject *slots) {
   return 0;
 }
 
-/* add(tensors, options, aligned, outputs, context, function, (gx, gy, gz, threads, shared), attributes, block, offsets,
-       slots): serve calls that look like this one from now on. `tensors` is (q, k, v) or (q, k, v, out); `outputs` is
-   (size, stride, dtype, lse size or None, lse stride, lse dtype); `slots` has (offset in the block or -1, encoder or
-   None) for q, k, v, out, lse. */
+static void look_at(Entry *e, int i, const DLTensor *t) {
+  Look *look = &e->looks[i];
+  look->ndim = t->ndim;
+  if (t->ndim < 0) return;
+  look->dtype = t->dtype;
+  int64_t reach = 0;
+  for (int d = 0; d < t->ndim; d++) {
+    look->shape[d] = t->shape[d];
+    look->strides[d] = t->strides[d];
+    reach += (t->shape[d] - 1) * t->strides[d];
+  }
+  e->span[i] = (reach + 1) * ((t->dtype.bits + 7) / 8);
+}
+
+/* add(tensors, options, aligned, extra_aligned, outputs, context, function, (gx, gy, gz, threads, shared), attributes,
+       block, offsets, slots, apply, graph): serve calls that look like this one from now on. `tensors` is (q, k, v, out,
+   extra, extra), None = left out; `outputs` is (size, stride, dtype, lse size or None, lse stride, lse dtype); `slots`
+   has (offset in the block or -1, encoder or None) for q, k, v, out, lse, extra, extra; `apply` is None where no
+   gradient is known. */
 static PyObject *add(PyObject *module, PyObject *args) {
-  PyObject *tensors, *options, *outputs, *launch_numbers, *attributes, *offsets, *slots;
+  (void)module;
+  PyObject *tensors, *options, *outputs, *launch_numbers, *attributes, *offsets, *slots, *apply, *graph;
   unsigned long long context, function;
   const char *block;
   Py_ssize_t block_bytes;
-  int aligned;
-  if (!PyArg_ParseTuple(args, "O!O!pO!KKOOy#OO", &PyTuple_Type, &tensors, &PyTuple_Type, &options, &aligned,
-                        &PyTuple_Type, &outputs, &context, &function, &launch_numbers, &attributes, &block,
-                        &block_bytes, &offsets, &slots))
+  int aligned, extra_aligned;
+  if (!PyArg_ParseTuple(args, "O!O!piO!KKOOy#OOOO", &PyTuple_Type, &tensors, &PyTuple_Type, &options, &aligned,
+                        &extra_aligned, &PyTuple_Type, &outputs, &context, &function, &launch_numbers, &attributes,
+                        &block, &block_bytes, &offsets, &slots, &apply, &graph))
     return NULL;
-  Py_ssize_t n = PyTuple_GET_SIZE(tensors);
-  if (n < INPUTS || n > INPUTS + 1 || PyTuple_GET_SIZE(options) != OPTIONS || PyTuple_GET_SIZE(outputs) != 6
+  if (PyTuple_GET_SIZE(tensors) != GIVEN || PyTuple_GET_SIZE(options) != OPTIONS || PyTuple_GET_SIZE(outputs) != 6
       || block_bytes > MAX_BLOCK) {
     PyErr_SetString(PyExc_ValueError, "add: a tuple of the wrong length, or too many parameters");
     return NULL;
   }
+  DLTensor t[GIVEN];
+  if (!view_all(&PyTuple_GET_ITEM(tensors, 0), t)) Py_RETURN_FALSE;
   Entry *e = PyMem_Calloc(1, sizeof *e);
   if (!e) return PyErr_NoMemory();
-  e->has_out = n > INPUTS;
   e->aligned = aligned;
+  e->extra_aligned = extra_aligned;
   e->keys = thread_keys;
   e->context = (void *)(uintptr_t)context;
   e->function = (void *)(uintptr_t)function;
@@ -398,36 +454,29 @@ static PyObject *add(PyObject *module, PyObject *args) {
   for (int i = 0; i < OPTIONS; i++) e->options[i] = Py_NewRef(PyTuple_GET_ITEM(options, i));
   PyObject **kept[] = {&e->out_size, &e->out_stride, &e->out_dtype, &e->lse_size, &e->lse_stride, &e->lse_dtype};
   for (int i = 0; i < 6; i++) *kept[i] = Py_NewRef(PyTuple_GET_ITEM(outputs, i));
+  if (apply != Py_None) {
+    e->apply = Py_NewRef(apply);
+    e->graph = Py_NewRef(graph);
+  }
   e->has_lse = e->lse_size != Py_None;
+  for (int i = 0; i < GIVEN; i++) look_at(e, i, &t[i]);
+  e->device = t[0].device;
   e->block = PyMem_Malloc((size_t)block_bytes + 1);
   if (!e->block) {
     drop(e);
     return PyErr_NoMemory();
   }
   memcpy(e->block, block, (size_t)block_bytes);
-  DLTensor t[INPUTS + 1];
-  for (int i = 0; i < (int)n; i++) {
-    if (!view(PyTuple_GET_ITEM(tensors, i), &t[i])) {
-      drop(e);
-      Py_RETURN_FALSE;
-    }
-    int64_t reach = 0;
-    for (int d = 0; d < DIMS; d++) reach += (t[i].shape[d] - 1) * t[i].strides[d];
-    e->span[i] = (reach + 1) * (t[i].dtype.bits / 8);
-    memcpy(e->looks[i].shape, t[i].shape, sizeof e->looks[i].shape);
-    memcpy(e->looks[i].strides, t[i].strides, sizeof e->looks[i].strides);
-  }
-  e->dtype = t[0].dtype;
-  e->device = t[0].device;
   if (read_launch(e, launch_numbers, attributes, offsets) || read_slots(e, slots)) {
     drop(e);
     return NULL;
   }
-  if (n_entries >= MAX_ENTRIES) Py_XDECREF(forget(module, NULL));
-  Entry **bucket = &buckets[bucket_of(t, e->has_out)];
-  e->next = *bucket;
-  *bucket = e;
-  n_entries++;
+  retire(oldest);
+  by_age[oldest] = e;
+  oldest = (oldest + 1) % MAX_ENTRIES;
+  e->bucket = bucket_of(t);
+  e->next = buckets[e->bucket];
+  buckets[e->bucket] = e;
   Py_RETURN_TRUE;
 }
 

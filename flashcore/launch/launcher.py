@@ -14,6 +14,8 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -29,11 +31,13 @@ from flashcore.launch.arguments import (
     Options,
     check,
     check_overlap,
+    check_packed,
     lse_shape,
     output_shape,
+    packed_problem_of,
     problem_of,
 )
-from flashcore.launch.binding import Binding
+from flashcore.launch.binding import TENSORS, Binding
 from flashcore.launch.packet import Launch, Packet
 from flashcore.launch.select import select
 from flashcore.launch.torch_private import Guard, current_device, empty_strided_cuda, guard, raw_stream
@@ -43,14 +47,16 @@ MAX_GUARDS = 8  # entries for one set of options and shapes: strides, dtypes, de
 MAX_PACKETS = 1024  # combinations of stream and addresses kept for one plan; about 1 KiB each
 
 Result = Tensor | tuple[Tensor, Tensor] | None
-Run = Callable[[Tensor, Tensor, Tensor, Tensor | None], Result]
-Key = tuple[Any, ...]  # the options of a call, as the caller wrote them
+# (q, k, v, out or None, *the other tensors of the call in the order of binding.TENSORS, those that were left out too)
+Run = Callable[..., Result]
+Given = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]  # q, k, v, out and two more
+Key = tuple[Any, ...]  # the options of a call, as the caller wrote them, and which of its tensors were left out
 
 
 class Entry(NamedTuple):
     """A call seen before."""
 
-    guard: Guard  # over q, k, v and, where it was given, out
+    guard: Guard  # over its tensors in the order in which a Run takes them, without those that were left out
     run: Run  # gives None where the call needs another look after all
 
 
@@ -59,10 +65,9 @@ class Kernel(NamedTuple):
 
     plan: Plan
     device: int
-    aligned: bool  # whether q, k, v and out start at multiples of 16 bytes
+    problem: Problem
     shape: tuple[int, ...]  # the output's
-    dtype: torch.dtype
-    rows: tuple[int, int, int] | None  # the lse's shape, None = none is asked for
+    rows: tuple[int, ...] | None  # the lse's shape, None = none is asked for
 
 
 class Plan(NamedTuple):
@@ -70,7 +75,7 @@ class Plan(NamedTuple):
 
     config: Config
     launch: Launch
-    packets: dict[tuple[int, ...], Packet]  # by stream and the addresses of q, k, v, out and lse
+    packets: dict[tuple[int, ...], Packet]  # by stream and the tensors' addresses, in the order of binding.TENSORS
 
 
 recent: dict[Key, Entry] = {}
@@ -83,9 +88,9 @@ _lock = threading.RLock()
 # -- calls seen before ------------------------------------------------------------------------------------------
 
 
-def find(key: Key, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Entry | None:
+def find(key: Key, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, *extras: Tensor | None) -> Entry | None:
     """The entry for a call that `recent` has lost to another one, which it replaces there."""
-    tensors = (q, k, v) if out is None else (q, k, v, out)
+    tensors = present(q, k, v, out, *extras)
     for entry in _entries.get((key, out is None, q.shape, k.shape), ()):
         if entry.guard(*tensors):
             _latest(key, out, entry)
@@ -93,19 +98,25 @@ def find(key: Key, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Entry
     return None
 
 
-def remember(
-    key: Key, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, run: Run, kernel: Kernel | None = None
-) -> None:
-    """Let `run`, which launches `kernel`, serve calls that look like this one from now on."""
-    tensors = (q, k, v) if out is None else (q, k, v, out)
-    if kernel is not None and shim.load():
-        shim.add(
-            tensors, key, kernel.plan.launch, aligned=kernel.aligned,
-            shape=kernel.shape, strides=_contiguous(kernel.shape), dtype=kernel.dtype,
-            rows=kernel.rows, row_strides=_contiguous(kernel.rows or ()),
-        )  # fmt: skip
-    entry = Entry(guard(*tensors), run)
-    if not entry.guard(*tensors):
+def recall(key: Key, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, *extras: Tensor | None) -> Entry | None:
+    """The entry for a call with more tensors than q, k, v and out."""
+    entry = recent.get(key) if out is None else recent_into.get(key)
+    if entry is not None and entry.guard(*present(q, k, v, out, *extras)):
+        return entry
+    return find(key, q, k, v, out, *extras)
+
+
+def present(*tensors: Tensor | None) -> list[Tensor]:
+    """The tensors that were not left out."""
+    return [t for t in tensors if t is not None]
+
+
+def remember(key: Key, tensors: Given, run: Run) -> None:
+    """Let `run` serve calls that look like this one from now on."""
+    q, k, _, out, *_ = tensors
+    given = present(*tensors)
+    entry = Entry(guard(*given), run)
+    if not entry.guard(*given):
         return  # nothing would ever pass it
     with _lock:
         others = _entries.pop((key, out is None, q.shape, k.shape), [])
@@ -113,6 +124,23 @@ def remember(
         while len(_entries) > MAX_PLANS:
             _entries.popitem(last=False)
         _latest(key, out, entry)
+
+
+def remember_compiled(
+    tensors: Given, options: Key, kernel: Kernel | None, apply: Callable[..., Any] | None = None, graph: Any = None
+) -> None:
+    """Let the compiled shim, where there is one, launch `kernel` for calls that look like this one.
+
+    Args:
+        options: what the shim is called with after the tensors.
+        apply: apply(q, k, v, extra, extra, graph) serves such a call where it needs gradients.
+    """
+    if kernel is not None and shim.load():
+        shim.add(
+            tensors, options, kernel.plan.launch, kernel.problem, shape=kernel.shape,
+            strides=_contiguous(kernel.shape), rows=kernel.rows, row_strides=_contiguous(kernel.rows or ()),
+            apply=apply, graph=graph,
+        )  # fmt: skip
 
 
 def _latest(key: Key, out: Tensor | None, entry: Entry) -> None:
@@ -134,7 +162,8 @@ def forget() -> None:
 
 
 def prepare(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, options: Options
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, options: Options, attn_mask: Tensor | None = None,
+    seqused_k: Tensor | None = None,
 ) -> tuple[Run, Kernel | None]:
     """Check a call on CUDA tensors and make what runs it, for tensors that look like these.
 
@@ -143,19 +172,49 @@ def prepare(
     Raises:
         As `attention` does.
     """
-    check(q, k, v, options, out)
+    check(q, k, v, options, out, attn_mask, seqused_k)
     if options.backend == "reference":
         return _reference(options), None
     shape = output_shape(q, v)
     rows = lse_shape(q, options.layout) if options.return_lse else None
     if 0 in shape or k.numel() == 0:
         return _no_keys(shape, rows, q.dtype, q.device), None
-    problem = problem_of(q, k, v, out, options)
-    device = q.get_device()
+    problem = problem_of(q, k, v, out, options, attn_mask, seqused_k)
+    kernel = _kernel(q.get_device(), problem, options, shape, rows)
+
+    def again(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, *extra: Tensor | None) -> Run:
+        return prepare(q, k, v, out, options, *extra)[0]
+
+    return _runner(kernel, again), kernel
+
+
+def prepare_packed(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
+    max_seqlen_q: int, max_seqlen_k: int, options: Options,
+) -> tuple[Run, Kernel | None]:
+    """`prepare` for packed sequences."""
+    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, out)
+    if options.backend == "reference":
+        return _packed_reference(options, max_seqlen_q, max_seqlen_k), None
+    shape = output_shape(q, v)
+    rows = (shape[1], shape[0]) if options.return_lse else None
+    sequences = cu_seqlens_q.shape[0] - 1
+    if 0 in shape or k.numel() == 0 or 0 in (sequences, max_seqlen_q, max_seqlen_k):
+        return _no_keys(shape, rows, q.dtype, q.device), None
+    problem = packed_problem_of(q, k, v, out, sequences, max_seqlen_q, max_seqlen_k, options)
+    kernel = _kernel(q.get_device(), problem, options, shape, rows)
+
+    def again(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, *lengths: Tensor) -> Run:
+        return prepare_packed(q, k, v, out, lengths[0], lengths[1], max_seqlen_q, max_seqlen_k, options)[0]
+
+    return _runner(kernel, again), kernel
+
+
+def _kernel(
+    device: int, problem: Problem, options: Options, shape: tuple[int, ...], rows: tuple[int, ...] | None
+) -> Kernel:
     with torch.cuda.device(device):
-        plan = plan_for(device, problem, options)
-    kernel = Kernel(plan, device, problem.aligned, shape, q.dtype, rows)
-    return _runner(kernel, options), kernel
+        return Kernel(plan_for(device, problem, options), device, problem, shape, rows)
 
 
 def plan_for(device: int, problem: Problem, options: Options) -> Plan:
@@ -171,13 +230,43 @@ def plan_for(device: int, problem: Problem, options: Options) -> Plan:
         plan = _plans.get(key)
         if plan is None:
             target = targets.current(device)
-            config = select(problem, target, backend=options.backend, block_m=options.block_m, block_n=options.block_n)
+            config = choose(problem, target, options)
             binding = bind(problem, config, options.scale_for(problem.head_dim), target)
             plan = _plans[key] = Plan(config, packet.load(binding, device, target.arch, _refuse_in_capture), {})
         _plans.move_to_end(key)
         while len(_plans) > MAX_PLANS:
             _plans.popitem(last=False)
         return plan
+
+
+def choose(problem: Problem, target: Target, options: Options) -> Config:
+    """`select` for a call of these options.
+
+    Packed sequences come in ever new totals, so theirs is the choice for the sizes rounded up: totals and number of
+    sequences to powers of two, lengths to whole tiles. It is made once for each and costs nothing afterwards.
+
+    Raises:
+        As `select` does.
+    """
+    if problem.packed is None:
+        return select(problem, target, backend=options.backend, block_m=options.block_m, block_n=options.block_n)
+    total_q, total_k = problem.packed
+    rounded = replace(
+        problem, packed=(_power_of_two(total_q), _power_of_two(total_k)), batch=_power_of_two(problem.batch),
+        seqlen_q=-(-problem.seqlen_q // 64) * 64, seqlen_k=-(-problem.seqlen_k // 64) * 64,
+    )  # fmt: skip
+    return _select_once(rounded, target, options.backend, options.block_m, options.block_n)
+
+
+@lru_cache(maxsize=MAX_PLANS)
+def _select_once(
+    problem: Problem, target: Target, backend: str | None, block_m: int | None, block_n: int | None
+) -> Config:
+    return select(problem, target, backend=backend, block_m=block_m, block_n=block_n)
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
 
 
 def bind(problem: Problem, config: Config, scale: float, target: Target) -> Binding:
@@ -205,18 +294,27 @@ def _refuse_in_capture() -> None:
 # -- what runs a call -------------------------------------------------------------------------------------------
 
 
-def _runner(kernel: Kernel, options: Options) -> Run:
-    plan, device, aligned, shape, dtype, rows = kernel
+def _runner(kernel: Kernel, again: Callable[..., Run]) -> Run:
+    """What runs `kernel`; `again` makes what runs tensors like its own of another alignment."""
+    plan, device, problem, shape, rows = kernel
     launch, packets = plan.launch, plan.packets
     call, function, start = launch.call, launch.function, launch.launch
+    dtype, aligned = problem.dtype, problem.aligned
+    mask_aligned = None if problem.mask is None else problem.mask.aligned
     strides, row_strides = _contiguous(shape), _contiguous(rows or ())
-    order = [("q", "k", "v", "o", "lse").index(name) for name in launch.tensors]
     fp32 = torch.float32
+    names = [n for n in TENSORS if n != "lse" or rows is not None]
+    if problem.packed is None:
+        names = [n for n in names if n in ("q", "k", "v", "o", "lse") or getattr(problem, n, None)]
+    else:
+        names = [n for n in names if n not in ("mask", "seqused_k")]
+    order = [names.index(name) for name in launch.tensors]
+    assert len(order) == len(names), f"{plan.config.kernel} does not read all of {names}"
 
-    def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Result:
+    def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, *extras: Tensor | None) -> Result:
         if current_device() != device:
             with torch.cuda.device(device):
-                return run(q, k, v, out)
+                return run(q, k, v, out, *extras)
         o = empty_strided_cuda(shape, strides, dtype) if out is None else out
         key: tuple[int, ...]
         if rows is None:
@@ -224,19 +322,28 @@ def _runner(kernel: Kernel, options: Options) -> Run:
         else:
             lse = empty_strided_cuda(rows, row_strides, fp32)
             key = (raw_stream(device), q.data_ptr(), k.data_ptr(), v.data_ptr(), o.data_ptr(), lse.data_ptr())
+        if extras:
+            key += tuple([t.data_ptr() for t in extras if t is not None])
         prepared = packets.get(key)
         if prepared is None:
-            if all(address % ALIGNMENT == 0 for address in key[1:5]) != aligned:
-                return other_alignment(q, k, v, out)
-            prepared = fill(key, q, k, v, out)
+            if not fits(key):
+                return other_alignment(q, k, v, out, *extras)
+            prepared = fill(key, q, k, v, out, *extras)
         config, parameters, _ = prepared
         if call(config, function, parameters, None):
             start(prepared)
         return o if rows is None else (o, lse)
 
-    def fill(key: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Packet:
+    def fits(key: tuple[int, ...]) -> bool:
+        if all(address % ALIGNMENT == 0 for address in key[1:5]) != aligned:
+            return False
+        return mask_aligned is None or (key[1 + names.index("mask")] % ALIGNMENT == 0) == mask_aligned
+
+    def fill(
+        key: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, *extras: Tensor | None
+    ) -> Packet:
         if out is not None:
-            check_overlap(q, k, v, out)
+            check_overlap(out, q=q, k=k, v=v, attn_mask=extras[0] if mask_aligned is not None else None)
         stream, *addresses = key
         prepared = launch.fill(stream, *[addresses[i] for i in order])
         if len(packets) >= MAX_PACKETS:
@@ -244,12 +351,13 @@ def _runner(kernel: Kernel, options: Options) -> Run:
         packets[key] = prepared
         return prepared
 
-    others: list[Run] = []  # what runs tensors like these of the other alignment, once there were some
+    others: dict[tuple[bool, ...], Run] = {}  # what runs tensors like these of another alignment, once there were some
 
-    def other_alignment(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Result:
-        if not others:
-            others.append(prepare(q, k, v, out, options)[0])
-        return others[0](q, k, v, out)
+    def other_alignment(*tensors: Tensor | None) -> Result:
+        alignment = tuple(t is None or t.data_ptr() % ALIGNMENT == 0 for t in tensors)
+        if alignment not in others:
+            others[alignment] = again(*tensors)
+        return others[alignment](*tensors)
 
     return run
 
@@ -259,7 +367,7 @@ def _no_keys(
 ) -> Run:
     """Runs calls that read nothing: every row there is gives 0 and lse -inf."""
 
-    def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Result:
+    def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, *extras: Tensor | None) -> Result:
         o = torch.zeros(shape, dtype=dtype, device=device) if out is None else out.zero_()
         return o if rows is None else (o, torch.full(rows, -torch.inf, dtype=torch.float32, device=device))
 
@@ -267,10 +375,26 @@ def _no_keys(
 
 
 def _reference(options: Options) -> Run:
-    def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Result:
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, mask: Tensor | None = None, used: Tensor | None = None
+    ) -> Result:
         if out is not None:
-            check_overlap(q, k, v, out)
-        o, lse = cpu.reference(q, k, v, out, options)
+            check_overlap(out, q=q, k=k, v=v, attn_mask=mask)
+        o, lse = cpu.reference(q, k, v, out, options, mask, used)
+        return (o, lse) if options.return_lse else o
+
+    return run
+
+
+def _packed_reference(options: Options, max_seqlen_q: int, max_seqlen_k: int) -> Run:
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+    ) -> Result:
+        if out is not None:
+            check_overlap(out, q=q, k=k, v=v)
+        o, lse = cpu.packed_reference(
+            q, k, v, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options
+        )
         return (o, lse) if options.return_lse else o
 
     return run

@@ -1,44 +1,68 @@
 """torch.ops.flashcore: attention as PyTorch's dispatcher sees it.
 
-`attention()` comes here whenever something has to see the call: autograd, torch.compile and export, functorch,
-fake tensors, dispatch modes. `attention` allocates its outputs, `attention_out` writes into `out`. Both return a
-log-sum-exp, an empty tensor where none was asked for.
+`attention()` and `attention_varlen()` come here whenever something has to see the call: autograd, torch.compile and
+export, functorch, fake tensors, dispatch modes. An operator allocates its outputs; its twin of the name with `_out`
+writes into `out`. Both return a log-sum-exp, an empty tensor where none was asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashcore.launch import cpu, launcher
-from flashcore.launch.arguments import Options, check, check_overlap, lse_shape, output_shape
+from flashcore.launch import cpu, gradients, launcher, shim
+from flashcore.launch.arguments import Options, check, check_overlap, check_packed, lse_shape, output_shape
+from flashcore.launch.torch_private import apply_function
 
+_TENSORS = "Tensor q, Tensor k, Tensor v"
 _OPTIONS = (
     "*, int? block_m=None, int? block_n=None, bool is_causal=False, float? scale=None, bool return_lse=False,"
-    " str layout='bhsd', str? backend=None"
+    " str layout='bhsd', str? backend=None, int[2] window=[-1, -1], float softcap=0.0"
 )
+_EXTRA = "Tensor? attn_mask=None, Tensor? seqused_k=None"
+_PACKED = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k"
 _library = torch.library.Library("flashcore", "DEF")
-_tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-_library.define(f"attention(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)", tags=_tags)
-_library.define(f"attention_out(Tensor q, Tensor k, Tensor v, Tensor(a!) out, {_OPTIONS}) -> Tensor", tags=_tags)
+for _name, _arguments in (
+    ("attention", f"({_TENSORS}, {_EXTRA}, {_OPTIONS}) -> (Tensor, Tensor)"),
+    ("attention_out", f"({_TENSORS}, Tensor(a!) out, {_EXTRA}, {_OPTIONS}) -> Tensor"),
+    ("attention_varlen", f"({_TENSORS}, {_PACKED}, {_OPTIONS}) -> (Tensor, Tensor)"),
+    ("attention_varlen_out", f"({_TENSORS}, Tensor(a!) out, {_PACKED}, {_OPTIONS}) -> Tensor"),
+):
+    _library.define(
+        _name + _arguments, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+    )
 
 attention = torch.ops.flashcore.attention.default
 attention_out = torch.ops.flashcore.attention_out.default
+attention_varlen = torch.ops.flashcore.attention_varlen.default
+attention_varlen_out = torch.ops.flashcore.attention_varlen_out.default
 
 
-def _cuda(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    o = Options(**options)
-    run, _ = launcher.prepare(q, k, v, None, o)
-    return _both(run(q, k, v, None), q)
+def _options(given: dict[str, Any]) -> Options:
+    """The dispatcher passes a window as a list, and leaves out what has its default value."""
+    left, right = given.get("window", (-1, -1))
+    return Options(**given)._replace(window=(left, right))
 
 
-def _cuda_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor, **options: Any) -> Tensor:
-    o = Options(**options)
-    run, _ = launcher.prepare(q, k, v, out, o)
-    return _both(run(q, k, v, out), q)[1]
+# -- dense tensors ----------------------------------------------------------------------------------------------
+
+
+def _cuda(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, seqused_k: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    run, _ = launcher.prepare(q, k, v, None, _options(options), attn_mask, seqused_k)
+    return _both(run(q, k, v, None, attn_mask, seqused_k), q)
+
+
+def _cuda_out(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, attn_mask: Tensor | None = None, seqused_k: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    run, _ = launcher.prepare(q, k, v, out, _options(options), attn_mask, seqused_k)
+    return _both(run(q, k, v, out, attn_mask, seqused_k), q)[1]
 
 
 def _both(result: launcher.Result, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,125 +72,237 @@ def _both(result: launcher.Result, q: Tensor) -> tuple[Tensor, Tensor]:
     return result, torch.empty(0, dtype=torch.float32, device=q.device)
 
 
-def _cpu(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    o = Options(**options)
-    check(q, k, v, o)
-    return cpu.forward(q, k, v, None, o)
+def _cpu(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, seqused_k: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    o = _options(options)
+    check(q, k, v, o, None, attn_mask, seqused_k)
+    return cpu.forward(q, k, v, None, o, attn_mask, seqused_k)
 
 
-def _cpu_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor, **options: Any) -> Tensor:
-    o = Options(**options)
-    check(q, k, v, o, out)
-    check_overlap(q, k, v, out)
-    return cpu.forward(q, k, v, out, o)[1]
+def _cpu_out(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, attn_mask: Tensor | None = None, seqused_k: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    o = _options(options)
+    check(q, k, v, o, out, attn_mask, seqused_k)
+    check_overlap(out, q=q, k=k, v=v, attn_mask=attn_mask)
+    return cpu.forward(q, k, v, out, o, attn_mask, seqused_k)[1]
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    o = Options(**options)
-    check(q, k, v, o)
-    return q.new_empty(output_shape(q, v)), _fake_lse(q, o)
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, seqused_k: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    o = _options(options)
+    check(q, k, v, o, None, attn_mask, seqused_k)
+    return q.new_empty(output_shape(q, v)), _fake_lse(q, lse_shape(q, o.layout), o)
 
 
-def _fake_out(q: Tensor, k: Tensor, v: Tensor, out: Tensor, **options: Any) -> Tensor:
-    o = Options(**options)
-    check(q, k, v, o, out)
-    return _fake_lse(q, o)
+def _fake_out(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, attn_mask: Tensor | None = None, seqused_k: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    o = _options(options)
+    check(q, k, v, o, out, attn_mask, seqused_k)
+    return _fake_lse(q, lse_shape(q, o.layout), o)
 
 
-def _fake_lse(q: Tensor, o: Options) -> Tensor:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(lse_shape(q, o.layout) if o.return_lse else (0,), dtype=dtype)
+def _fake_lse(q: Tensor, shape: tuple[int, ...], o: Options) -> Tensor:
+    return q.new_empty(shape if o.return_lse else (0,), dtype=cpu.lse_dtype(q))
+
+
+def _vmap(
+    info: Any, in_dims: tuple[int | None, ...], q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
+    seqused_k: Tensor | None = None, **options: Any,
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    size = info.batch_size
+
+    def mapped(tensor: Tensor, dim: int | None) -> Tensor:
+        return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+    def fold(tensor: Tensor | None, dim: int | None) -> Tensor | None:  # the mapped dimension joins the batch
+        return None if tensor is None else mapped(tensor, dim).flatten(0, 1).contiguous()
+
+    dims = (*in_dims, None, None)[:5]
+    folded = [mapped(t, d).flatten(0, 1) for t, d in zip((q, k, v), dims, strict=False)]
+    if attn_mask is not None and (dims[3] is not None or (attn_mask.dim() == 4 and attn_mask.shape[0] > 1)):
+        attn_mask = mapped(attn_mask, dims[3])
+        attn_mask = attn_mask.reshape(size, *[1] * (5 - attn_mask.dim()), *attn_mask.shape[1:])
+        attn_mask = attn_mask.expand(-1, folded[0].shape[0] // size, -1, -1, -1).flatten(0, 1)
+    out, lse = attention(*folded, attn_mask, fold(seqused_k, dims[4]), **options)
+    unfolded = lse.unflatten(0, (size, -1)) if options.get("return_lse") else lse.expand(size, 0)
+    return (out.unflatten(0, (size, -1)), unfolded), (0, 0)
+
+
+def by_operator(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, extra: gradients.Extra, call: gradients.Call
+) -> Tensor | tuple[Tensor, Tensor]:
+    """A checked call as the operator that torch then sees, with what `attention` returns."""
+    given, packed = call.options._asdict(), call.longest is not None
+    rest = (*extra, *(call.longest or ()))
+    if out is not None:
+        lse = (attention_varlen_out if packed else attention_out)(q, k, v, out, *rest, **given)
+        return (out, lse) if call.options.return_lse else out
+    if q.device.type == "cuda" and torch.is_grad_enabled():  # torch's own backward kernels read the log-sum-exp
+        given["return_lse"] |= any(t.requires_grad for t in (q, k, v, extra[0]) if t is not None)
+    both: tuple[Tensor, Tensor] = (attention_varlen if packed else attention)(q, k, v, *rest, **given)
+    return both if call.options.return_lse else both[0]
+
+
+# -- packed sequences -------------------------------------------------------------------------------------------
+
+
+def _packed_cuda(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, **options: Any,
+) -> tuple[Tensor, Tensor]:
+    lengths = cu_seqlens_q, cu_seqlens_k
+    run, _ = launcher.prepare_packed(q, k, v, None, *lengths, max_seqlen_q, max_seqlen_k, _options(options))
+    return _both(run(q, k, v, None, *lengths), q)
+
+
+def _packed_cuda_out(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, **options: Any,
+) -> Tensor:
+    lengths = cu_seqlens_q, cu_seqlens_k
+    run, _ = launcher.prepare_packed(q, k, v, out, *lengths, max_seqlen_q, max_seqlen_k, _options(options))
+    return _both(run(q, k, v, out, *lengths), q)[1]
+
+
+def _packed_cpu(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, **options: Any,
+) -> tuple[Tensor, Tensor]:
+    o = _options(options)
+    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, o)
+    return cpu.packed_forward(q, k, v, None, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, o)
+
+
+def _packed_cpu_out(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, **options: Any,
+) -> Tensor:
+    o = _options(options)
+    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, o, out)
+    check_overlap(out, q=q, k=k, v=v)
+    return cpu.packed_forward(q, k, v, out, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, o)[1]
+
+
+def _packed_fake(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, **options: Any,
+) -> tuple[Tensor, Tensor]:
+    o = _options(options)
+    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, o)
+    return q.new_empty(output_shape(q, v)), _fake_lse(q, (q.shape[1], q.shape[0]), o)
+
+
+def _packed_fake_out(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, **options: Any,
+) -> Tensor:
+    o = _options(options)
+    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, o, out)
+    return _fake_lse(q, (q.shape[1], q.shape[0]), o)
 
 
 # -- gradients --------------------------------------------------------------------------------------------------
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-    ctx.options = Options(**keyword_only_inputs)
-    ctx.set_materialize_grads(False)
+def serve(
+    key: launcher.Key, given: launcher.Given, asked: launcher.Key, call: gradients.Call,
+    prepare: Callable[[Options], tuple[launcher.Run, launcher.Kernel | None]],
+) -> launcher.Run:
+    """What runs a call on CUDA tensors in eager mode, from now on found by `key` and by the compiled shim.
 
-
-def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v = ctx.saved_tensors
-    o: Options = ctx.options
-    if grad_out is None and (grad_lse is None or not o.return_lse):
-        return None, None, None
-    return gradients(q, k, v, grad_out, grad_lse if o.return_lse else None, o)
-
-
-def gradients(
-    q: Tensor, k: Tensor, v: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None, options: Options
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of attention by its definition, from scores computed anew.
-
-    Written in torch operations on the inputs alone, so that it can itself be differentiated, compiled and traced.
-    It holds the fp32 scores [B, Hq, Sq, Sk] of the whole problem, unlike the forward pass.
+    Args:
+        asked: the options as the shim is called with them.
+        prepare: gives what runs the call with these options.
     """
-    bshd = options.layout == "bshd"
-    precision = torch.float64 if q.dtype == torch.float64 else torch.float32
-    qh, kh, vh = (_heads_first(t, bshd).to(precision) for t in (q, k, v))
-    heads_kv, seqlen_k = kh.shape[1], kh.shape[2]
-    qh = qh.unflatten(1, (heads_kv, qh.shape[1] // heads_kv))  # [B, Hkv, group, Sq, D]
-    kh, vh = kh.unsqueeze(2), vh.unsqueeze(2)
-    scale = options.scale_for(q.shape[-1])
-
-    scores = (qh @ kh.mT) * scale
-    if options.is_causal:
-        seqlen_q = qh.shape[3]
-        hidden = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=q.device).triu(seqlen_k - seqlen_q + 1)
-        scores = scores.masked_fill(hidden, -torch.inf)
-        blind = hidden.all(-1, keepdim=True)  # rows that read no key: their weights are 0, not 0 / 0
-        weights = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
-    else:
-        weights = scores.softmax(-1)
-
-    if grad_out is None:
-        grad_v = torch.zeros_like(v)
-        grad_scores = torch.zeros_like(weights)
-    else:
-        g = _heads_first(grad_out, bshd).to(precision).unflatten(1, (heads_kv, -1))
-        grad_v = _restore((weights.mT @ g).sum(2), v, bshd)
-        grad_weights = g @ vh.mT
-        grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
-    if grad_lse is not None:
-        grad_scores = grad_scores + weights * grad_lse.to(precision).unflatten(1, (heads_kv, -1)).unsqueeze(-1)
-    grad_q = _restore((grad_scores @ kh).flatten(1, 2) * scale, q, bshd)
-    grad_k = _restore((grad_scores.mT @ qh).sum(2) * scale, k, bshd)
-    return grad_q, grad_k, grad_v
+    run, kernel = prepare(call.options)
+    apply = graph = None
+    if any(t is not None and t.requires_grad for t in given):
+        q, k, v, out, *extra = given
+        how = gradients.route(call, q, k, v, (extra[0], extra[1])) if out is None else None
+        inner, inner_asked = run, asked
+        if how is not None and not call.options.return_lse:
+            inner, with_lse = prepare(call.options._replace(return_lse=True))
+            inner_asked = (*asked[:4], True, *asked[5:])
+            launcher.remember_compiled(given, inner_asked, with_lse)
+        graph = Graph(_compiled_first(inner, inner_asked), call, how)
+        run = _with_gradients(run, graph)
+        apply = differentiable
+    launcher.remember_compiled(given, asked, kernel, apply, graph)
+    launcher.remember(key, given, run)
+    return run
 
 
-def _heads_first(tensor: Tensor, bshd: bool) -> Tensor:
-    return tensor.transpose(1, 2) if bshd else tensor
+def _compiled_first(run: launcher.Run, asked: launcher.Key) -> launcher.Run:
+    """`run` by way of the compiled shim where that can serve the call."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, out: None, a: Tensor | None, b: Tensor | None) -> Any:
+        if shim.attend is not None:
+            result = shim.attend(q, k, v, None, a, b, *asked)
+            if result is not None:
+                return result
+        return run(q, k, v, None, a, b)
+
+    return call
 
 
-def _restore(gradient: Tensor, of: Tensor, bshd: bool) -> Tensor:
-    return _heads_first(gradient, bshd).to(of.dtype)
+def _with_gradients(run: launcher.Run, graph: Graph) -> launcher.Run:
+    """`run` for tensors of which one requires grad, whatever the grad mode is when it is called."""
+
+    def call(
+        q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, a: Tensor | None = None, b: Tensor | None = None
+    ) -> Any:
+        if not torch.is_grad_enabled():
+            return run(q, k, v, out, a, b)
+        if out is not None:
+            return None  # refused by what looks at the call next
+        return differentiable(q, k, v, a, b, graph)
+
+    return call
+
+
+class Graph(NamedTuple):
+    """How a call of eager mode that needs gradients is computed, and what they are computed from."""
+
+    run: Callable[..., Any]  # (q, k, v, None, *extra) -> the output, with lse where `how` or the caller wants it
+    call: gradients.Call
+    how: str | None  # as gradients.route says
 
 
 class Differentiable(torch.autograd.Function):
-    """attention() of inputs that require grad, in eager mode; `run` computes it.
+    """A call of inputs that require grad, in eager mode.
 
-    The operator has the same gradients registered but takes longer to get there.
+    The operators have the same gradients registered but take longer to get there.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, run: Callable[..., Any]) -> Any:
-        ctx.save_for_backward(q, k, v)
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        return run(q, k, v, None)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, a: Tensor | None, b: Tensor | None, graph: Graph) -> Any:
+        ctx.graph = graph
+        result = graph.run(q, k, v, None, a, b)
+        if graph.how is None:
+            ctx.save_for_backward(q, k, v, a, b)
+        else:
+            ctx.save_for_backward(q, k, v, a, b, *result)
+        if graph.call.options.return_lse:
+            ctx.set_materialize_grads(False)
+            return result
+        return result if graph.how is None else result[0]
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        return (*_backward(ctx, grad_out, grad_lse), None, None)
+        return (*_backward(ctx, ctx.graph.call, ctx.graph.how, grad_out, grad_lse), None, None)
 
 
-# -- functorch --------------------------------------------------------------------------------------------------
+differentiable: Callable[..., Any] = apply_function(Differentiable)  # (q, k, v, extra, extra, Graph)
 
 
 class Transformable(torch.autograd.Function):
-    """attention() under functorch, which can't differentiate an operator registered from Python.
+    """A call under functorch, which can't differentiate an operator registered from Python.
 
     Its separate set-up, which functorch asks for, costs 30 microseconds a call.
     """
@@ -174,38 +310,57 @@ class Transformable(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Any:
-        out, lse = attention(q, k, v, **options._asdict())
-        return (out, lse) if options.return_lse else out
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, a: Tensor | None, b: Tensor | None, call: gradients.Call
+    ) -> Any:
+        return by_operator(q, k, v, None, (a, b), call)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _save(ctx, inputs[:3], inputs[3]._asdict(), output)
+        ctx.save_for_backward(*inputs[:5])
+        ctx.call = inputs[5]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        return (*_backward(ctx, grad_out, grad_lse), None)
+        return (*_backward(ctx, ctx.call, None, grad_out, grad_lse), None, None)
 
 
-def _vmap(
-    info: Any, in_dims: tuple[int | None, ...], q: Tensor, k: Tensor, v: Tensor, **options: Any
-) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    def fold(tensor: Tensor, dim: int | None) -> Tensor:  # the mapped dimension becomes part of the batch
-        moved = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        return moved.flatten(0, 1)
+def _backward(
+    ctx: Any, call: gradients.Call, how: str | None, grad_out: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of q, k, v and the mask from what a context has kept: q, k, v, two more, output and lse."""
+    grad_lse = grad_lse if call.options.return_lse else None
+    if grad_out is None and grad_lse is None:
+        return (None,) * 4
+    q, k, v, a, b, *results = ctx.saved_tensors
+    out, lse = results or (None, None)
+    wants_mask = call.longest is None and a is not None and ctx.needs_input_grad[3]
+    return gradients.backward(call, how, q, k, v, (a, b), out, lse, grad_out, grad_lse, wants_mask=wants_mask)
 
-    out, lse = attention(*(fold(t, d) for t, d in zip((q, k, v), in_dims, strict=False)), **options)
-    unfolded = lse.unflatten(0, (info.batch_size, -1)) if options.get("return_lse") else lse.expand(info.batch_size, 0)
-    return (out.unflatten(0, (info.batch_size, -1)), unfolded), (0, 0)
+
+def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any) -> None:
+    q, k, v, a, b, *longest = inputs
+    ctx.call = gradients.Call(_options(keyword_only_inputs), tuple(longest) or None)
+    ctx.how = gradients.route(ctx.call, q, k, v, (a, b)) if ctx.call.options.return_lse else None
+    ctx.save_for_backward(q, k, v, a, b, *(output if ctx.how else ()))
+    ctx.set_materialize_grads(False)
 
 
+def _registered(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    rest = (None,) if ctx.call.longest is None else (None, None, None)
+    return (*_backward(ctx, ctx.call, ctx.how, grad_out, grad_lse), *rest)
 
 
-_library.impl("attention", _cuda, "CUDA")
-_library.impl("attention_out", _cuda_out, "CUDA")
-_library.impl("attention", _cpu, "CPU")
-_library.impl("attention_out", _cpu_out, "CPU")
-torch.library.register_fake("flashcore::attention", _fake, lib=_library)
-torch.library.register_fake("flashcore::attention_out", _fake_out, lib=_library)
-torch.library.register_autograd("flashcore::attention", _backward, setup_context=_save, lib=_library)
+for _name, _kernels, _fakes in (
+    ("attention", {"CUDA": _cuda, "CPU": _cpu}, _fake),
+    ("attention_out", {"CUDA": _cuda_out, "CPU": _cpu_out}, _fake_out),
+    ("attention_varlen", {"CUDA": _packed_cuda, "CPU": _packed_cpu}, _packed_fake),
+    ("attention_varlen_out", {"CUDA": _packed_cuda_out, "CPU": _packed_cpu_out}, _packed_fake_out),
+):
+    for _device, _kernel in _kernels.items():
+        _library.impl(_name, _kernel, _device)
+    torch.library.register_fake(f"flashcore::{_name}", _fakes, lib=_library)
+for _name in ("attention", "attention_varlen"):
+    torch.library.register_autograd(f"flashcore::{_name}", _registered, setup_context=_save, lib=_library)
 torch.library.register_vmap("flashcore::attention", _vmap, lib=_library)

@@ -21,14 +21,17 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from flashcore.core.problem import Problem
 from flashcore.launch import driver
 from flashcore.launch.packet import Launch
 from flashcore.launch.torch_private import empty_strided_cuda
 
 _NAME = "_flashcore_shim"
-_TENSORS = ("q", "k", "v", "o", "lse")
+_EXTRA = (("mask", "seqused_k"), ("cu_seqlens_q", "cu_seqlens_k"))  # of dense tensors, and of packed sequences
 
-attend: Callable[..., Any] | None = None  # (q, k, v, out, *options) -> result or None; None while there is no shim
+# (q, k, v, out, extra, extra, *options) -> result or None; None while there is no shim. The extra tensors are attn_mask
+# and seqused_k, or cu_seqlens_q and cu_seqlens_k.
+attend: Callable[..., Any] | None = None
 _module: Any = None  # once it is built and set up
 _off = False  # inside `disabled`
 _failure: str | None = None  # why the last attempt to load it failed
@@ -70,22 +73,29 @@ def load() -> bool:
 
 
 def add(
-    tensors: tuple[Tensor, ...], options: tuple[Any, ...], launch: Launch, *, aligned: bool,
-    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype,
-    rows: tuple[int, ...] | None, row_strides: tuple[int, ...],
+    tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], launch: Launch, problem: Problem, *,
+    shape: tuple[int, ...], strides: tuple[int, ...], rows: tuple[int, ...] | None, row_strides: tuple[int, ...],
+    apply: Callable[..., Any] | None = None, graph: Any = None,
 ) -> None:
-    """Let the shim serve calls that look like this one: `tensors` is (q, k, v) or (q, k, v, out)."""
+    """Let the shim serve calls that look like this one.
+
+    Args:
+        tensors: (q, k, v, out, extra, extra), None where one was left out.
+        apply: apply(q, k, v, extra, extra, graph) serves such a call where it needs gradients.
+    """
     template = launch.template
     if _module is None or template is None:
         return
     places = dict(zip(launch.tensors, template.slots, strict=True))
-    slots = tuple(places.get(name, (-1, None)) for name in _TENSORS)
+    names = ("q", "k", "v", "o", "lse", *_EXTRA[problem.packed is not None])
+    slots = tuple(places.get(name, (-1, None)) for name in names)
     config = template.config
     numbers = (*config.grid, config.block[0], config.shared)
-    outputs = (shape, strides, dtype, rows, row_strides, torch.float32)
+    outputs = (shape, strides, problem.dtype, rows, row_strides, torch.float32)
+    mask_aligned = -1 if problem.mask is None else int(problem.mask.aligned)
     _module.add(
-        tensors, options, aligned, outputs, launch.loaded.context, launch.function, numbers,
-        bytes(template.attributes), template.block, tuple(template.offsets), slots,
+        tensors, options, problem.aligned, mask_aligned, outputs, launch.loaded.context, launch.function, numbers,
+        bytes(template.attributes), template.block, tuple(template.offsets), slots, apply, graph,
     )  # fmt: skip
 
 

@@ -73,6 +73,15 @@ def functorch_is_active() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+def apply_function(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` for where no functorch transform runs: the wrapper that looks for one costs 2 microseconds."""
+    try:
+        plain: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    except AttributeError:
+        return function.apply
+    return plain
+
+
 def _documented_stream(device: int) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream)
 

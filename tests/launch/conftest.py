@@ -1,9 +1,8 @@
 """A GPU made of ctypes: CPU tensors go through the launch path as CUDA tensors do, down to the driver's call.
 
 The stand-in for cuLaunchKernelEx reads the launch and its parameters from memory, as the hardware would, and computes
-what the portable kernel computes, the only one of the A100 that it stands for. So stale plans, wrong addresses, wrong
-strides and wrong streams give wrong results here as they would there; only compiling and the GPU's own behaviour are
-left out.
+attention from them, in the place of every kernel that is chosen. So stale plans, wrong addresses, wrong strides and
+wrong streams give wrong results here as they would there; only compiling and the GPU's own behaviour are left out.
 """
 
 from __future__ import annotations
@@ -13,12 +12,14 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from flashcore import reference
+from flashcore.core.config import Config
+from flashcore.core.problem import Problem
 from flashcore.core.target import A100
 from flashcore.fast import attention_production
 from flashcore.launch import compiled, driver, launcher, shim, torch_private
@@ -26,9 +27,16 @@ from flashcore.launch.binding import Binding, Pointer, Scalar
 
 CONTEXT = 0x77
 C_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
-DTYPES = {"*fp16": torch.float16, "*bf16": torch.bfloat16, "*fp32": torch.float32}
-LOG2E = 1.4426950408889634
+POINTERS = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64", torch.bool: "*u8"
+}  # fmt: skip
 REAL_LIBRARY = driver.library
+
+
+class Function(NamedTuple):
+    """As much of a kernel as a Binding is asked for."""
+
+    arg_names: tuple[str, ...]
 
 
 class Launched(SimpleNamespace):
@@ -106,7 +114,7 @@ class FakeGpu:
             argument = binding.args[name]
             kind = ctypes.c_uint64 if isinstance(argument, Pointer) else C_TYPES[argument.type]
             values[name] = kind.from_address(address).value
-        self._compute(binding, values, tuple(launch.grid))
+        self._compute(binding, values)
         tensors = {a.tensor: values[name] for name, a in binding.args.items() if isinstance(a, Pointer)}
         with self.lock:
             self.launches.append(Launched(
@@ -115,24 +123,79 @@ class FakeGpu:
             ))  # fmt: skip
         return 0
 
-    def _compute(self, binding: Binding, values: dict[str, Any], grid: tuple[int, ...]) -> None:
-        c = binding.constexprs
-        heads_q, batch = (grid[0], grid[2]) if c["CAUSAL"] else (grid[1], grid[2])
-        lengths = {"q": values["seqlen_q"], "k": values["seqlen_k"], "v": values["seqlen_k"], "o": values["seqlen_q"]}
+    def _compute(self, binding: Binding, values: dict[str, Any]) -> None:
+        c, n = binding.constexprs, SimpleNamespace(**values)
+        sizes = {"q": n.seqlen_q, "k": n.seqlen_k, "v": n.seqlen_k, "o": n.seqlen_q}
         tensors = {}
-        for name, length in lengths.items():
-            heads = heads_q if name in "qo" else heads_q // c["GROUP"]
-            axis = "n" if name in "kv" else "m"
-            stride = [c["STRIDE_UNIT"] * values[f"stride_{name}{a}"] for a in ("b", "h", axis)] + [1]
-            shape = (batch, heads, length, c["HEAD_DIM"] if name in "qk" else c["HEAD_DIM_V"])
-            tensors[name] = at(values[name], shape, stride, DTYPES[binding.args[name].type])
-        out, lse = reference.cpu(
-            tensors["q"], tensors["k"], tensors["v"], is_causal=c["CAUSAL"], scale=values["qk_scale"] / LOG2E,
-            return_lse=True,
-        )  # fmt: skip
-        tensors["o"].copy_(out)
-        if "lse" in values:
-            at(values["lse"], lse.shape, lse.stride(), torch.float32).copy_(lse)
+        for name, length in sizes.items():
+            shape = (n.batch, n.heads_q if name in "qo" else n.heads_kv, length, n.dim if name in "qk" else n.dim_v)
+            if c["PACKED"]:
+                shape = (1, shape[1], n.total_q if name in "qo" else n.total_k, shape[3])
+            stride = [values[f"stride_{name}{axis}"] for axis in "bhs"] + [1]
+            tensors[name] = at(values[name], shape, stride, c["DTYPE"])
+        q, k, v, o = tensors.values()
+        options = {
+            "is_causal": c["CAUSAL"], "scale": n.scale, "window": (n.left, n.right), "softcap": n.softcap,
+            "return_lse": True,
+        }  # fmt: skip
+        scores = (n.batch, n.heads_q, n.seqlen_q, n.seqlen_k)
+        if "mask" in values:
+            strides = [values[f"stride_mask{axis}"] for axis in "bhqk"]
+            assert all(s == 0 or size > 1 for s, size in zip(strides, scores, strict=True))
+            options["attn_mask"] = at(values["mask"], scores, strides, c["MASK"])
+        if "seqused_k" in values:
+            options["seqused_k"] = at(values["seqused_k"], (n.batch,), (1,), torch.int32)
+        lse = at(values["lse"], scores[:3], contiguous(scores[:3]), torch.float32) if "lse" in values else None
+        if not c["PACKED"]:
+            self._attend(q, k, v, o, lse, options)
+            return
+        if lse is not None:
+            lse = at(values["lse"], (1, n.heads_q, n.total_q), (0, n.total_q, 1), torch.float32)
+        cu_q, cu_k = (at(values[f"cu_seqlens_{x}"], (n.batch + 1,), (1,), torch.int32).tolist() for x in "qk")
+        for b in range(n.batch):
+            rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
+            assert rows.stop - rows.start <= n.seqlen_q and keys.stop - keys.start <= n.seqlen_k
+            part = None if lse is None else lse[:, :, rows]
+            self._attend(q[:, :, rows], k[:, :, keys], v[:, :, keys], o[:, :, rows], part, options)
+
+    def _attend(self, q: Any, k: Any, v: Any, o: Any, lse: Any, options: dict[str, Any]) -> None:
+        out, found = reference.cpu(q, k, v, **options)
+        o.copy_(out)
+        if lse is not None:
+            lse.copy_(found)
+
+
+def bind(problem: Problem, config: Config, scale: float, target: Any) -> Binding:
+    """The fake GPU's only kernel: it takes every number of a problem at run time, and no more tensors than it needs."""
+    p = problem
+    args: dict[str, Any] = {name: Pointer(name, POINTERS[p.dtype], p.aligned) for name in "qkvo"}
+    if p.return_lse:
+        args["lse"] = Pointer("lse", "*fp32", True)
+    if p.mask is not None:
+        args["mask"] = Pointer("mask", POINTERS[p.mask.dtype], p.mask.aligned)
+        args |= {f"stride_mask{x}": Scalar("i64", s) for x, s in zip("bhqk", p.mask.strides, strict=True)}
+    if p.seqused_k:
+        args["seqused_k"] = Pointer("seqused_k", "*i32", False)
+    if p.packed:
+        args |= {name: Pointer(name, "*i32", False) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+        args |= {"total_q": Scalar("i32", p.packed[0]), "total_k": Scalar("i32", p.packed[1])}
+    for name, strides in zip("qkvo", (p.stride_q, p.stride_k, p.stride_v, p.stride_o), strict=True):
+        args |= {f"stride_{name}{axis}": Scalar("i64", s) for axis, s in zip("bhs", strides, strict=True)}
+    numbers = {
+        "batch": p.batch, "heads_q": p.heads_q, "heads_kv": p.heads_kv, "seqlen_q": p.seqlen_q,
+        "seqlen_k": p.seqlen_k, "dim": p.head_dim, "dim_v": p.head_dim_v, "left": p.window[0], "right": p.window[1],
+    }  # fmt: skip
+    args |= {name: Scalar("i32", number) for name, number in numbers.items()}
+    args |= {"scale": Scalar("fp32", scale), "softcap": Scalar("fp32", p.softcap)}
+    constexprs = {
+        "CAUSAL": p.is_causal, "PACKED": p.packed is not None, "DTYPE": p.dtype,
+        "MASK": None if p.mask is None else p.mask.dtype,
+    }  # fmt: skip
+    return Binding(Function((*args, *constexprs)), False, (config.block_m, 1, 1), args, constexprs, {"num_warps": config.num_warps})
+
+
+def contiguous(shape: Any) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
 
 
 def at(address: int, shape: Any, strides: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -146,8 +209,9 @@ def at(address: int, shape: Any, strides: Any, dtype: torch.dtype) -> torch.Tens
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     """The fake GPU, once for each of the two paths."""
     fake = FakeGpu()
-    monkeypatch.setattr(attention_production, "_KERNEL_DEVICES", ("cuda", "cpu"))
+    monkeypatch.setattr(attention_production, "KERNEL_DEVICES", ("cuda", "cpu"))
     monkeypatch.setattr(launcher.targets, "current", lambda device: A100)
+    monkeypatch.setattr(launcher, "bind", bind)
     monkeypatch.setattr(launcher, "current_device", lambda: fake.device)
     monkeypatch.setattr(launcher, "raw_stream", lambda device: fake.stream)
     monkeypatch.setattr(launcher, "empty_strided_cuda", fake.empty)

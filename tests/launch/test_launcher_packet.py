@@ -133,26 +133,29 @@ def test_the_shim_caches_descriptors_by_address_and_passes_them_by_value(native,
     )
     options = (None, None, False, None, False, "bhsd", None, (-1, -1), 0.0, None, None)
     q, k, v = (torch.zeros(1, 2, 16, 8, dtype=torch.float16) for _ in range(3))
+    none = (None, None, None)  # out and the two more tensors
     shim.add(
-        (q, k, v), options, launch, aligned=True, shape=(1, 2, 16, 8), strides=(256, 128, 8, 1), dtype=torch.float16,
-        rows=None, row_strides=(),
+        (q, k, v, *none), options, launch, problem(), shape=(1, 2, 16, 8), strides=(256, 128, 8, 1), rows=None,
+        row_strides=(),
     )  # fmt: skip
     try:
         many = [torch.zeros_like(q) for _ in range(200)]  # more than the cache holds
         for tensor in [q, q, *many, *many[-3:], q]:
-            out = native.attend(tensor, k, v, None, *options)
+            out = native.attend(tensor, k, v, *none, *options)
             map_bytes, k_at, v_at, o_at = seen[-1]
             assert map_bytes == tensor.data_ptr().to_bytes(8, "little") * 16
             assert (k_at, v_at, o_at) == (k.data_ptr(), v.data_ptr(), out.data_ptr())
         assert encoded.count(q.data_ptr()) <= 2 < len(seen)
-        assert native.attend(q.bfloat16(), k, v, None, *options) is None
-        assert native.attend(q, k, v, None, *options[:3], 0.5, *options[4:]) is None
-        assert native.attend(q, k, None, None, *options) is None
+        assert native.attend(q.bfloat16(), k, v, *none, *options) is None
+        assert native.attend(q, k, v, *none, *options[:3], 0.5, *options[4:]) is None
+        assert native.attend(q, k, None, *none, *options) is None
+        assert native.attend(q, k, v, None, q, None, *options) is None
+        assert native.attend(q, k, v, *none, *options[:7], tuple([-1, -1]), *options[8:]) is not None
         with torch.inference_mode():
-            assert native.attend(q, k, v, None, *options) is None
+            assert native.attend(q, k, v, *none, *options) is None
     finally:
         native.forget()
-    assert native.attend(q, k, v, None, *options) is None
+    assert native.attend(q, k, v, *none, *options) is None
 
 
 def test_the_shim_raises_what_an_encoder_raises(native, monkeypatch):
@@ -164,12 +167,14 @@ def test_the_shim_raises_what_an_encoder_raises(native, monkeypatch):
     options = (None,) * 11
     q, k, v = (torch.zeros(1, 1, 8, 8, dtype=torch.float16) for _ in range(3))
     out = torch.empty_like(q)
-    slots = ((0, refuse), (-1, None), (-1, None), (-1, None), (-1, None))
+    slots = ((0, refuse), *[(-1, None)] * 6)
     outputs = ((1, 1, 8, 8), (64, 64, 8, 1), torch.float16, None, (), torch.float32)
-    assert native.add((q, k, v, out), options, True, outputs, 0, 1, (1, 1, 1, 32, 0), b"", bytes(128), (0,), slots)
+    tensors = (q, k, v, out, None, None)
+    launch = (0, 1, (1, 1, 1, 32, 0), b"", bytes(128), (0,), slots)
+    assert native.add(tensors, options, True, -1, outputs, *launch, None, None)
     try:
         with pytest.raises(ValueError, match="no descriptor"):
-            native.attend(q, k, v, out, *options)
+            native.attend(*tensors, *options)
     finally:
         native.forget()
 
