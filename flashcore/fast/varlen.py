@@ -61,8 +61,8 @@ def attention_varlen(
         The output [total_q, Hq, D] in q's dtype, or (output, lse fp32 [Hq, total_q], natural logarithm). A row that
         attends to nothing gives 0 and lse -inf; rows that belong to no sequence are not written.
 
-        Only metadata is looked at. What cu_seqlens holds is clamped on the device: no sequence begins before the one
-        in front of it, reaches beyond the end, or is longer than max_seqlen says.
+        Only metadata is looked at. What cu_seqlens holds is clamped on the device: a sequence ends where it begins if
+        not later, lies within q, k and v, and is no longer than max_seqlen says.
 
     Raises:
         As `attention` does.

@@ -21,6 +21,8 @@ from torch.nn import Parameter
 from flashcore.core import target as targets
 from flashcore.launch.arguments import ALIGNMENT, Options, bounds
 
+_flash_kernel = torch.ops.aten._flash_attention_backward
+_efficient_kernel = torch.ops.aten._efficient_attention_backward
 _LSE_ROWS = 32  # the efficient kernel reads the log-sum-exps of a head in units of this many rows
 _FLASH_ANYWHERE = 192  # flash's backward of larger heads wants the shared memory of sm_80 or sm_90
 _BOTTOM_RIGHT = 2  # the efficient kernel's name for causal with the last row at the last key; 0 = the bias alone
@@ -188,10 +190,10 @@ class _Sequences(NamedTuple):
 
     @staticmethod
     def of(cu_seqlens: Tensor, total: int, longest: int) -> _Sequences:
-        bounds = _within(cu_seqlens, total)
-        lengths = bounds.diff().clamp(max=longest)
+        ends = cu_seqlens.clamp(0, total)  # as kernels clamp them
+        lengths = ends.diff().clamp(0, longest)
         at = torch.arange(longest, device=cu_seqlens.device)
-        rows = (bounds[:-1, None] + at).clamp(max=max(total - 1, 0))
+        rows = (ends[:-1, None] + at).clamp(max=max(total - 1, 0))
         return _Sequences(rows, (at < lengths[:, None])[..., None, None], lengths)
 
     def unpack(self, packed: Tensor) -> Tensor:
@@ -203,11 +205,6 @@ class _Sequences(NamedTuple):
         rows = dense.transpose(1, 2).masked_fill(~self.valid, 0.0)
         total = torch.zeros_like(like, dtype=dense.dtype, memory_format=torch.contiguous_format)
         return total.index_add(0, self.rows.flatten(), rows.flatten(0, 1)).to(like.dtype)
-
-
-def _within(cu_seqlens: Tensor, total: int) -> Tensor:
-    """Bounds as kernels clamp them: no sequence begins before the one in front of it, or reaches beyond the end."""
-    return cu_seqlens.clamp(0, total).cummax(0).values
 
 
 # -- by torch's kernels, which take [B, S, H, D] ------------------------------------------------------------------
@@ -224,11 +221,13 @@ def _flash(
     else:
         seqlen_q, seqlen_k = call.longest
         assert extra[0] is not None and extra[1] is not None
-        cu_seqlens = _within(extra[0], q.shape[0]), _within(extra[1], k.shape[0])
+        # Its kernel believes them, so they are clamped here. In order they are, unless they are wrong.
+        cu_q, cu_k = extra[0].clamp(0, q.shape[0]), extra[1].clamp(0, k.shape[0])
+        cu_seqlens = cu_q.cummax(0).values, cu_k.cummax(0).values
     is_causal, (left, right) = bounds(options, seqlen_q, seqlen_k)
     tensors = [_by_vectors(_swap(t, heads_first)) for t in (grad_out, q, k, v, out)]
     dropout = torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)  # not read
-    grads = torch.ops.aten._flash_attention_backward(
+    grads = _flash_kernel(
         *tensors, lse, *cu_seqlens, seqlen_q, seqlen_k, 0.0, is_causal, *dropout,
         scale=options.scale_for(q.shape[-1]), window_size_left=left, window_size_right=0 if is_causal else right,
     )  # fmt: skip
@@ -255,7 +254,7 @@ def _efficient(
     # A row that reads no key has lse -inf, which would make NaN of its weights; +inf makes 0 of them.
     lse = F.pad(lse.masked_fill(lse == -torch.inf, torch.inf), (0, rows - seqlen_q), value=torch.inf)
     dropout = torch.empty(0, dtype=torch.int64, device=q.device)  # not read
-    grad_q, grad_k, grad_v, grad_bias = torch.ops.aten._efficient_attention_backward(
+    grad_q, grad_k, grad_v, grad_bias = _efficient_kernel(
         _by_vectors(grad_out), _by_vectors(q), _by_vectors(k), _by_vectors(v), bias, _by_vectors(out), None, None,
         seqlen_q, seqlen_k, lse, 0.0, dropout, dropout, structure, wants_mask, scale=options.scale_for(dim),
     )  # fmt: skip

@@ -166,7 +166,7 @@ class FakeGpu:
 
 
 def bind(problem: Problem, config: Config, scale: float, target: Any) -> Binding:
-    """The fake GPU's only kernel: it takes every number of a problem at run time, and no more tensors than it needs."""
+    """The fake GPU's only kernel: it takes every number of a problem at run time."""
     p = problem
     args: dict[str, Any] = {name: Pointer(name, POINTERS[p.dtype], p.aligned) for name in "qkvo"}
     if p.return_lse:
@@ -191,7 +191,8 @@ def bind(problem: Problem, config: Config, scale: float, target: Any) -> Binding
         "CAUSAL": p.is_causal, "PACKED": p.packed is not None, "DTYPE": p.dtype,
         "MASK": None if p.mask is None else p.mask.dtype,
     }  # fmt: skip
-    return Binding(Function((*args, *constexprs)), False, (config.block_m, 1, 1), args, constexprs, {"num_warps": config.num_warps})
+    options = {"num_warps": config.num_warps}
+    return Binding(Function((*args, *constexprs)), False, (config.block_m, 1, 1), args, constexprs, options)
 
 
 def contiguous(shape: Any) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from flashcore import reference
+from flashcore import attention_varlen, reference
 from flashcore.fast.attention_production import attention
 from flashcore.launch import ops
 
@@ -26,7 +26,16 @@ def qkv(device, heads_kv=4, seqlen_k=24, requires_grad=False, dtype=torch.float1
     )
 
 
-OPTIONS = [{}, {"is_causal": True}, {"return_lse": True}, {"scale": 0.3, "is_causal": True, "return_lse": True}]
+def packed(device, requires_grad=False, dtype=torch.float16):
+    q, k, v = (make(device, 12, heads, 16, seed=heads, requires_grad=requires_grad, dtype=dtype) for heads in (4, 2, 2))
+    cu_seqlens = torch.tensor([0, 5, 5, 12], dtype=torch.int32, device=device)
+    return q, k, v, cu_seqlens, cu_seqlens, 7, 7
+
+
+OPTIONS = [
+    {}, {"is_causal": True}, {"return_lse": True}, {"scale": 0.3, "is_causal": True, "return_lse": True},
+    {"window": (4, 0), "softcap": 5.0},
+]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch 2.14's own check reads it
@@ -42,6 +51,30 @@ def test_opcheck(device, options, requires_grad):
 def test_opcheck_out(device, options):
     q, k, v = qkv(device)
     opcheck(ops.attention_out, (q, k, v, torch.empty_like(q)), options)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_of_a_mask_and_lengths(device, requires_grad):
+    mask = make(device, 4, 1, 24, seed=4, requires_grad=requires_grad)
+    used = torch.tensor([24, 7], dtype=torch.int32, device=device)
+    q, k, v = qkv(device, requires_grad=requires_grad)
+    opcheck(ops.attention, (q, k, v, mask, used), {"return_lse": True})
+    opcheck(ops.attention, (q, k, v, mask > 0))
+    q, k, v = (t.detach() for t in (q, k, v))
+    opcheck(ops.attention_out, (q, k, v, torch.empty_like(q), mask.detach(), used))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_of_packed_sequences(device, options, requires_grad):
+    q, k, v, *lengths = packed(device, requires_grad)
+    opcheck(ops.attention_varlen, (q, k, v, *lengths), options)
+    q, k, v = (t.detach() for t in (q, k, v))
+    opcheck(ops.attention_varlen_out, (q, k, v, torch.empty_like(q), *lengths), options)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -133,6 +166,63 @@ def test_compile_with_gradients(device, dynamic):
             torch.testing.assert_close(t.grad, g, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`")
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiling_and_exporting_every_tensor(device):
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v, mask, used):
+            return attention(q, k, v, attn_mask=mask, seqused_k=used, window=(9, 9), softcap=3.0)
+
+    mask = make(device, 24, 24, seed=4, requires_grad=True)
+    used = torch.tensor([24, 7], dtype=torch.int32, device=device)
+    call = (*qkv(device, requires_grad=True), mask, used)
+    want = Module()(*call)
+    grads = torch.autograd.grad(want.sum(), call[:4])
+    torch._dynamo.reset()
+    got = torch.compile(Module(), fullgraph=True, backend="aot_eager")(*call)
+    torch.testing.assert_close(got, want)
+    for g, w in zip(torch.autograd.grad(got.sum(), call[:4]), grads, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-3, atol=1e-3)
+    exported = torch.export.export(Module(), tuple(t.detach() for t in call))
+    torch.testing.assert_close(exported.module()(*call), want)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`")
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiling_and_exporting_packed_sequences(device):
+    class Module(torch.nn.Module):
+        def forward(self, q, k, v, cu_q, cu_k, max_q, max_k):
+            return attention_varlen(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=True)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(Module(), fullgraph=True, backend="aot_eager", dynamic=True)
+    for cut in (12, 7):
+        q, k, v, cu, _, *longest = packed(device)
+        call = (*(t[:cut].clone().requires_grad_() for t in (q, k, v)), cu.clamp(max=cut), cu.clamp(max=cut), *longest)
+        want = Module()(*call)
+        got = compiled(*call)
+        torch.testing.assert_close(got, want)
+        pairs = zip(*(torch.autograd.grad(out.sum(), call[:3]) for out in (got, want)), strict=True)
+        for g, w in pairs:
+            torch.testing.assert_close(g, w, rtol=1e-3, atol=1e-3)
+    exported = torch.export.export(Module(), packed(device))
+    assert "flashcore.attention_varlen.default" in str(exported.graph)
+    assert torch.equal(exported.module()(*packed(device)), Module()(*packed(device)))
+
+
+def test_packed_fakes_promise_what_comes():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for dtype in (torch.float16, torch.float64):
+        tensors = packed("cpu", dtype=dtype)
+        real = attention_varlen(*tensors, return_lse=True)
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in tensors]
+            fake = attention_varlen(*fakes, return_lse=True)
+        for r, f in zip(real, fake, strict=True):
+            assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype)
+
+
 def test_bad_calls_of_the_operator_are_refused_as_well():
     q, k, v = qkv("cpu")
     with pytest.raises(ValueError, match="k: expected q's head dimension"):
@@ -141,3 +231,12 @@ def test_bad_calls_of_the_operator_are_refused_as_well():
         ops.attention_out(q, k, v, q.new_empty(1, 2, 3, 4))
     with pytest.raises(ValueError, match="out: expected memory apart"):
         ops.attention_out(q, k, v, q)
+    with pytest.raises(ValueError, match="attn_mask: expected a shape"):
+        ops.attention(q, k, v, q)
+    with pytest.raises(ValueError, match="window: expected two ints"):
+        ops.attention(q, k, v, window=(-2, 0))
+    q, k, v, *lengths = packed("cpu")
+    with pytest.raises(ValueError, match="cu_seqlens_q: expected int32"):
+        ops.attention_varlen(q, k, v, lengths[0].long(), *lengths[1:])
+    with pytest.raises(ValueError, match="out: expected memory apart"):
+        ops.attention_varlen_out(q, k, v, q, *lengths)
