@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-_LOG2E = 1.4426950408889634
+LOG2E = 1.4426950408889634
 
 # What a kernel may be given the address of, in the order in which the launcher keeps addresses.
 TENSORS = ("q", "k", "v", "o", "lse", "mask", "seqused_k", "cu_seqlens_q", "cu_seqlens_k")
@@ -68,4 +68,4 @@ def qk_scale(scale: float) -> float:
     A hidden score is -inf, and -inf * 0 would be NaN. Scores are below 2^40 in magnitude for fp16 inputs, so that a
     scale of 2^-100 weighs every key alike, exactly as 0 does.
     """
-    return max(abs(scale) * _LOG2E, 2.0**-100)
+    return max(abs(scale) * LOG2E, 2.0**-100)

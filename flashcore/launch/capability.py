@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from flashcore.core.problem import Problem
+from flashcore.core.problem import Mask, Problem
 from flashcore.core.target import Target
 
 MAX_HEAD_DIM = 256
@@ -69,19 +69,44 @@ def _hopper(p: Problem, target: Target) -> list[str]:
     why += _elements(p, MAX_HEAD_DIM_HOPPER)
     if not p.aligned:
         why.append("TMA wants every tensor to start at a multiple of 16 bytes")
+    sequences = 1 if p.packed else p.batch
     for name, heads, rows, strides in (
         ("q", p.heads_q, p.seqlen_q, p.stride_q), ("k", p.heads_kv, p.seqlen_k, p.stride_k),
         ("v", p.heads_kv, p.seqlen_k, p.stride_v), ("out", p.heads_q, p.seqlen_q, p.stride_o),
     ):  # fmt: skip
-        used = [s for size, s in zip((p.batch, heads, rows), strides, strict=True) if size > 1]
+        sizes = (sequences, heads, rows + p.ragged)  # a ragged row's stride is used even where a sequence has one
+        used = [s for size, s in zip(sizes, strides, strict=True) if size > 1]
         if any(s <= 0 or s % 8 or s >= 2**39 for s in used):
             why.append(f"TMA wants positive strides that are multiples of 16 bytes, {name} has {strides}")
+    if p.mask is not None:
+        why += _hopper_mask(p, p.mask)
+    if p.window != (-1, -1) and max(p.seqlen_q, p.seqlen_k) > MAX_LENGTH // 2:
+        why.append(f"it computes at most {MAX_LENGTH // 2:,} rows and keys a sequence with a window")
     if p.seqlen_k == 0:
         why.append("there are no keys to read")
     if max(p.seqlen_q, p.seqlen_k) > MAX_LENGTH:
         why.append(f"it computes at most {MAX_LENGTH:,} rows and keys a sequence")
     if max(p.heads_q, p.batch, -(-p.seqlen_q // 64)) > MAX_GRID_YZ:
         why.append(f"it computes at most {MAX_GRID_YZ:,} heads, sequences and tiles of 64 query rows")
+    return why
+
+
+def _hopper_mask(p: Problem, mask: Mask) -> list[str]:
+    why: list[str] = []
+    if mask.dtype not in (torch.bool, torch.float16, torch.bfloat16, torch.float32):
+        name = str(mask.dtype).removeprefix("torch.")
+        why.append(f"it reads masks of bool, float16, bfloat16 and float32, not {name}")
+    if p.packed:
+        why.append("packed sequences have no rectangle of scores that a mask could cover")
+    if not mask.aligned:
+        why.append("TMA wants the mask to start at a multiple of 16 bytes")
+    *outer, key = mask.strides
+    if key != 1 and p.seqlen_k > 1:
+        why.append(f"TMA wants a mask that is contiguous along the keys, attn_mask has strides {mask.strides}")
+    sizes = (p.batch, p.heads_q, p.seqlen_q)
+    used = [s for size, s in zip(sizes, outer, strict=True) if size > 1 and s]
+    if any(s < 0 or s * mask.dtype.itemsize % 16 or s >= 2**38 for s in used):
+        why.append(f"TMA wants positive strides that are multiples of 16 bytes, attn_mask has {mask.strides}")
     return why
 
 

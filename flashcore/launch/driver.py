@@ -29,7 +29,8 @@ _COOPERATIVE = 2
 _CLUSTER_DIMENSION = 4
 _CLUSTER_SCHEDULING_POLICY = 5
 _CLUSTER_POLICY_SPREAD = 1
-_ELEMENT_TYPES = {"fp16": 6, "bf16": 9}  # CUtensorMapDataType
+_ELEMENT_TYPES = {"i8": 0, "fp16": 6, "fp32": 7, "bf16": 9}  # CUtensorMapDataType
+_ELEMENT_BYTES = {"i8": 1, "fp16": 2, "fp32": 4, "bf16": 2}
 _L2_PROMOTION_128B = 2
 
 
@@ -178,7 +179,7 @@ class TensorMap:
         Raises:
             CudaError: the hardware can't describe it.
         """
-        rank, element_bytes = len(shape), 2
+        rank, element_bytes = len(shape), _ELEMENT_BYTES[dtype]
         self._memory = ctypes.create_string_buffer(TENSOR_MAP_BYTES + TENSOR_MAP_ALIGNMENT)
         self.address = aligned(ctypes.addressof(self._memory))
         # The driver counts dimensions from the innermost one, whose stride is implied.

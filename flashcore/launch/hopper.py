@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from triton.experimental.gluon import language as gl
 
 from flashcore.core.config import Config
-from flashcore.core.problem import Problem, Strides
+from flashcore.core.problem import Mask, Problem, Strides
 from flashcore.core.target import Target
 from flashcore.kernels.hopper.attention import attention_forward
-from flashcore.launch.binding import Binding, Pointer, Scalar, Tma, qk_scale
+from flashcore.launch.binding import LOG2E, Binding, Pointer, Scalar, Tma, qk_scale
 
 _REGISTERS = 65_536  # of an SM
 _RESERVED = 1024  # bytes of shared memory that CUDA keeps for itself in every block
+_OPTIONAL = (  # parameters that are None where the problem does not use them
+    "lse", "mask_desc", "seqused_k", "cu_seqlens_q", "cu_seqlens_k", "total_q", "total_k", "cap", "left", "right"
+)  # fmt: skip
 _BARRIERS = 64  # bytes, rounded up
-_TYPES = {torch.float16: ("fp16", gl.float16), torch.bfloat16: ("bf16", gl.bfloat16)}
+_TYPES = {
+    torch.float16: ("fp16", gl.float16), torch.bfloat16: ("bf16", gl.bfloat16), torch.float32: ("fp32", gl.float32),
+    torch.bool: ("i8", gl.int8),
+}  # fmt: skip
 
 
 def bind(problem: Problem, config: Config, scale: float, target: Target) -> Binding:
@@ -31,38 +38,65 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
     items = row_tiles * pairs
     persistent = config.schedule == "persistent"
 
-    def descriptor(name: str, heads: int, rows: int, columns: int, strides: Strides, box: tuple[int, int]) -> Tma:
-        shape = (p.batch, heads, rows, columns)
-        kind, dtype = _TYPES[p.dtype]
-        tile = [1, 1, *box]
-        layout = gl.NVMMASharedLayout.get_default_for(tile, dtype)
-        return Tma(name, kind, shape, (*_steps(shape, strides), 1), tuple(tile), layout)
+    total_q, total_k = p.packed or (0, 0)
+    queries = (p.heads_q, p.seqlen_q, total_q if p.packed else None)
+    keys = (p.heads_kv, p.seqlen_k, total_k if p.packed else p.seqlen_k if p.seqused_k else None)
+
+    def descriptor(
+        name: str, extent: tuple[int, int, int | None], columns: int, strides: Strides, box: tuple[int, int]
+    ) -> Tma:
+        heads, rows, total = extent
+        batch = 1 if p.packed else p.batch
+        if total is None:
+            shape = (batch, heads, rows, columns)
+            return _descriptor(name, p.dtype, shape, (*_steps(shape, strides), 1), (1, 1, *box))
+        # Row y + x - rows, see the kernel's _load: x ends where the sequence does, y says where it begins.
+        sb, sh, sr = _steps((batch, heads, total + 1, columns), strides)
+        shape = (batch, heads, total + 1, rows, columns)
+        ragged = _descriptor(name, p.dtype, shape, (sb, sh, sr, sr, 1), (1, 1, 1, *box))
+        return replace(ragged, offset=-rows * sr * p.dtype.itemsize)
 
     args: dict[str, Any] = {
-        "q_desc": descriptor("q", p.heads_q, p.seqlen_q, p.head_dim, p.stride_q, (config.block_m, block_d)),
-        "k_desc": descriptor("k", p.heads_kv, p.seqlen_k, p.head_dim, p.stride_k, (config.block_n, block_d)),
-        "v_desc": descriptor("v", p.heads_kv, p.seqlen_k, p.head_dim_v, p.stride_v, (config.block_n, block_dv)),
-        "o_desc": descriptor("o", p.heads_q, p.seqlen_q, p.head_dim_v, p.stride_o, (config.block_m, block_dv)),
+        "q_desc": descriptor("q", queries, p.head_dim, p.stride_q, (config.block_m, block_d)),
+        "k_desc": descriptor("k", keys, p.head_dim, p.stride_k, (config.block_n, block_d)),
+        "v_desc": descriptor("v", keys, p.head_dim_v, p.stride_v, (config.block_n, block_dv)),
+        "o_desc": descriptor("o", queries, p.head_dim_v, p.stride_o, (config.block_m, block_dv)),
     }
     if p.return_lse:
         args["lse"] = Pointer("lse", "*fp32", True)
-    args |= {
-        "qk_scale": Scalar("fp32", qk_scale(scale)),
-        "seqlen_q": Scalar("i32", p.seqlen_q),
-        "seqlen_k": Scalar("i32", p.seqlen_k),
-    }
+    if p.mask is not None:
+        args["mask_desc"] = _mask(p, p.mask, config)
+    if p.seqused_k:
+        args["seqused_k"] = Pointer("seqused_k", "*i32", False)
+    if p.packed:
+        args |= {name: Pointer(name, "*i32", False) for name in ("cu_seqlens_q", "cu_seqlens_k")}
+        args |= {"total_q": Scalar("i32", total_q), "total_k": Scalar("i32", total_k)}
+    unit = 1.0  # of log2
+    if p.softcap:
+        unit = 2 / p.softcap
+        args["cap"] = Scalar("fp32", p.softcap)
+    elif p.mask is not None and p.mask.dtype != torch.bool:
+        unit = 1 / LOG2E
+    args["qk_scale"] = Scalar("fp32", qk_scale(scale) * unit)
+    if p.window != (-1, -1):
+        left, right = p.bounds  # as many keys as there are rows are all there can be to the right of one
+        args["left"] = Scalar("i32", p.seqlen_k if left is None else min(left, p.seqlen_k))
+        args["right"] = Scalar("i32", p.seqlen_q if right is None else min(right, p.seqlen_q))
+    args |= {"longest_q": Scalar("i32", p.seqlen_q), "longest_k": Scalar("i32", p.seqlen_k)}
     for name, size in (("row_tiles", row_tiles), ("heads", p.heads_q), ("pairs", pairs)):
         args[name] = Scalar("i32", size)
         args[f"per_{name}"] = Scalar("i64", -(-(2**32) // max(size, 1)))
     args["items"] = Scalar("i32", items if persistent else 1)
 
-    constexprs: dict[str, Any] = {} if p.return_lse else {"lse": None}
+    constexprs: dict[str, Any] = dict.fromkeys(name for name in _OPTIONAL if name not in args)
     constexprs |= {
-        "GROUP": p.group, "CAUSAL": p.is_causal, "EVEN_N": p.seqlen_k % config.block_n == 0,
-        "SINGLE": p.seqlen_k <= config.block_n, "EMPTY_ROWS": p.is_causal and p.seqlen_q > p.seqlen_k,
+        "GROUP": p.group, "CAUSAL": p.is_causal, "EVEN_N": p.seqlen_k % config.block_n == 0 and not p.ragged,
+        "SINGLE": p.seqlen_k <= config.block_n, "EMPTY_ROWS": _empty_rows(p),
         "NEGATE": scale < 0, "PERSISTENT": persistent, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_D": block_d, "BLOCK_DV": block_dv, "WARPS": config.num_warps,
         "LATE": items > 2 * target.sms,
+        "MASK_B": int(p.mask is not None and p.mask.strides[0] != 0),
+        "MASK_H": int(p.mask is not None and p.mask.strides[1] != 0),
     }  # fmt: skip
     if persistent:
         grid = (min(items, target.sms * blocks_per_sm(p, config, target)), 1, 1)
@@ -77,6 +111,28 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
     return Binding(attention_forward, True, grid, args, constexprs, options)
 
 
+def _descriptor(
+    name: str, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+) -> Tma:
+    kind, element = _TYPES[dtype]
+    layout = gl.NVMMASharedLayout.get_default_for(list(box), element)
+    return Tma(name, kind, shape, strides, box, layout)
+
+
+def _mask(p: Problem, mask: Mask, config: Config) -> Tma:
+    """Over what the mask holds: a dimension in which it is broadcast has size 1, and is read at 0."""
+    scores = (p.batch, p.heads_q, p.seqlen_q, p.seqlen_k)
+    shape = tuple(size if stride else 1 for size, stride in zip(scores, mask.strides, strict=True))
+    steps = _steps(shape, mask.strides[:3], 16 // mask.dtype.itemsize)
+    rows = config.block_m if shape[2] > 1 else 1
+    return _descriptor("mask", mask.dtype, shape, (*steps, 1), (1, 1, rows, config.block_n))
+
+
+def _empty_rows(p: Problem) -> bool:
+    """Whether some row may see no key: its maximum is -inf."""
+    return p.mask is not None or p.ragged or p.window != (-1, -1) or (p.is_causal and p.seqlen_q > p.seqlen_k)
+
+
 def block_of(dim: int) -> int:
     """Columns of a tile that holds `dim` elements of a row: tiles are powers of two, wgmma takes 16 at a time."""
     return max(16, 1 << (dim - 1).bit_length())
@@ -86,7 +142,10 @@ def smem(problem: Problem, config: Config) -> int:
     """Bytes of shared memory of one block."""
     d, dv = block_of(problem.head_dim), block_of(problem.head_dim_v)
     rows = config.block_m * (d if config.schedule != "persistent" and d == dv else d + dv)
-    return 2 * (rows + config.block_n * (d + dv)) + _BARRIERS
+    mask = 0
+    if problem.mask is not None:
+        mask = config.block_n * (config.block_m if problem.mask.strides[2] else 1) * problem.mask.dtype.itemsize
+    return 2 * (rows + config.block_n * (d + dv)) + mask + _BARRIERS
 
 
 def blocks_per_sm(problem: Problem, config: Config, target: Target) -> int:
@@ -96,9 +155,11 @@ def blocks_per_sm(problem: Problem, config: Config, target: Target) -> int:
     return min(by_registers, target.smem_per_sm // (smem(problem, config) + _RESERVED))
 
 
-def _steps(shape: tuple[int, ...], strides: Strides) -> Strides:
-    """Strides that TMA accepts: those of a dimension of size 1 are never used, whatever the caller's tensor says."""
+def _steps(shape: tuple[int, ...], strides: Strides, unit: int = 8) -> Strides:
+    """Strides that TMA accepts, multiples of `unit` elements (16 bytes): those of a dimension of size 1 are never used,
+    whatever the caller's tensor says.
+    """
     used = [s if size > 1 else 0 for size, s in zip(shape, strides, strict=False)]
-    widest = max(*used, shape[-1], 8)
-    batch, head, row = (s or -(-widest // 8) * 8 for s in used)
+    widest = max(*used, shape[-1], unit)
+    batch, head, row = (s or -(-widest // unit) * unit for s in used)
     return batch, head, row

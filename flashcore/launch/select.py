@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import product
 
@@ -102,10 +103,39 @@ _HOPPER: dict[int, tuple[tuple[_Tile, ...], tuple[_Tile, ...]]] = {
     128: (((64, 64, 4, 168), (64, 128, 4, 255), (128, 128, 8, 255), (64, 64, 4, 128)),
           ((64, 64, 4, 168), (64, 128, 4, 255), (128, 128, 8, 255))),
 }  # fmt: skip
+# The same for problems with further options: for one alone that costs few registers, for one or two, for any number.
+# Small tiles: most options wait for memory of their own, which more blocks hide better.
+_HOPPER_OPTIONS: dict[int, tuple[tuple[_Tile, ...], tuple[_Tile, ...], tuple[_Tile, ...]]] = {
+    32: (((64, 64, 4, 96), (64, 128, 4, 168), (64, 64, 4, 128)), ((64, 64, 4, 128),), ((64, 64, 4, 168),)),
+    64: (((64, 64, 4, 96), (64, 128, 4, 168), (64, 64, 4, 128)), ((64, 64, 4, 128),), ((64, 64, 4, 168),)),
+    128: (((64, 64, 4, 168), (64, 128, 4, 255)), ((64, 64, 4, 168),), ((64, 64, 4, 255),)),
+}  # fmt: skip
+
+
+def _hopper_options(problem: Problem) -> tuple[Config, ...]:
+    """The Hopper kernel's configurations for a problem with options. With seqused_k alone, blocks may stay for several
+    items.
+    """
+    dim = max(problem.head_dim, problem.head_dim_v)
+    light, some, many = next((_HOPPER_OPTIONS[padded] for padded in _HOPPER_OPTIONS if dim <= padded), ((), (), ()))
+    wide_mask = problem.mask is not None and problem.mask.dtype == torch.float32
+    burden = len(problem.options) + problem.is_causal + 2 * wide_mask
+    if burden > 2:
+        tiles = many
+    elif burden == 2 or problem.return_lse or "window" in problem.options:
+        tiles = some
+    else:
+        tiles = light
+    flat = tuple(Config("hopper", m, n, warps, 1, "", registers) for m, n, warps, registers in tiles)
+    if problem.options != ("seqused_k",) or tiles is not light or not _counts(problem, 64):
+        return flat
+    return (*(replace(c, schedule="persistent") for c in flat if problem.seqlen_k > c.block_n), *flat)
 
 
 def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
     """The Hopper kernel's configurations, each as blocks that take one tile and as blocks that stay for several."""
+    if problem.options:
+        return _hopper_options(problem)
     dim = max(problem.head_dim, problem.head_dim_v)
     plain, masked = next((_HOPPER[padded] for padded in _HOPPER if dim <= padded), ((), ()))
     configs = []
@@ -164,7 +194,8 @@ def select(
         tiles = ", ".join(f"{m}x{n}" for m, n in sorted({(c.block_m, c.block_n) for c in allowed}))
         asked = " x ".join("any" if size is None else str(size) for size in (block_m, block_n))
         raise ValueError(f"block_m, block_n: expected one of {tiles} for this problem on {target.name}, got {asked}")
-    row = lookup.nearest(problem, (row for row in _rows(target) if row.config in chosen))
+    rows = () if problem.options else _rows(target)  # the table knows plain and causal problems
+    row = lookup.nearest(problem, (row for row in rows if row.config in chosen))
     return row.config if row else _by_rule(problem, target, chosen)
 
 
@@ -212,7 +243,7 @@ def _listed(row: lookup.Row, target: Target) -> tuple[Config, ...] | None:
 
 
 def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
-    """The Hopper kernel's first configuration where it serves, as blocks that stay where not all fit on the GPU.
+    """The Hopper kernel's first configuration where it serves, as blocks that stay for up to four items each.
 
     Of the portable kernel the tile nearest to what the shape asks for; the first in the list among equals.
     Rows: 64, the most that 4 warps hold without sharing rows, so that several blocks share an SM and hide each
@@ -227,7 +258,7 @@ def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
 
     ours = [c for c in configs if c.kernel == "hopper"]
     if ours:
-        stays = "persistent" if blocks(64) > 4 * target.sms and p.seqlen_k > 128 else ""
+        stays = "persistent" if 1 < blocks(64) / (4 * target.sms) <= 4 and p.seqlen_k > 128 else ""
         return next((c for c in ours if c.schedule == stays), ours[0])
     rows = 64
     if p.seqlen_q >= 256 and blocks(128) >= 2 * target.sms and target.arch < 90:

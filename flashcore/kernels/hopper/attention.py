@@ -26,6 +26,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .compat import block_barrier, tma_load, tma_store
 
 LN2 = gl.constexpr(0.6931471805599453)
+LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
@@ -49,23 +50,71 @@ def _item(index, row_tiles, per_row_tiles, heads, per_heads, pairs, per_pairs, C
 
 
 @gluon.jit
-def _key_tiles(row, seqlen_k, shift, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
-    """Key tiles that the rows from `row` on read; at least one, so that every barrier completes once a tile."""
-    seen = seqlen_k
-    if CAUSAL:
-        seen = gl.minimum(seen, row + BLOCK_M + shift)
-    return gl.maximum((seen + BLOCK_N - 1) // BLOCK_N, 1)
+def _rows_of(cu_seqlens, batch, total, longest):
+    """(first row, number of rows) of a packed sequence, within the tensor whatever cu_seqlens holds."""
+    first = gl.minimum(gl.maximum(gl.load(cu_seqlens + batch), 0), total)
+    end = gl.minimum(gl.maximum(gl.load(cu_seqlens + batch + 1), first), total)
+    return gl.minimum(first, total - 1), gl.minimum(end - first, longest)
 
 
 @gluon.jit
-def _hide(s, row, key, seqlen_k, shift, CAUSAL: gl.constexpr):
-    """-inf for keys past the end and, causal, to the right of the diagonal that ends in the bottom right corner."""
+def _used(seqused_k, batch, longest, pred=True):
+    """Number of keys of a sequence, within the tensor whatever seqused_k holds."""
+    return gl.minimum(gl.maximum(gl.load(seqused_k + batch, mask=pred), 0), longest)
+
+
+@gluon.jit
+def _load(desc, batch, head, first, length, longest, row, full, box, pred=True):
+    """Rows `row` on of a sequence into `box`; what lies past its end reads as 0.
+
+    Where only the device knows the end, the descriptor has five dimensions, [batch, head, y, x, column], in which
+    y + x - longest is the row in memory: x = longest - length + row passes the dimension's end just where row passes
+    the sequence's. Its address is that of row -longest, which need not be mapped: harmless while a box holds some row,
+    but a box without any was seen to fault, so that length must not be 0.
+    """
+    if len(desc.block_shape) == 5:
+        tma_load(desc, [batch, head, first + length, longest - length + row, 0], full, box, pred=pred)
+    else:
+        tma_load(desc, [batch, head, row, 0], full, box, pred=pred)
+
+
+@gluon.jit
+def _key_tiles(row, seqlen_k, shift, left, right, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
+    """First and last + 1 of the key tiles that the rows from `row` on read; at least one: a barrier completes in each.
+    """
+    seen = seqlen_k
+    begin = 0
+    if CAUSAL:
+        seen = gl.minimum(seen, row + BLOCK_M + shift)
+    if left is not None:
+        seen = gl.minimum(seen, row + BLOCK_M + shift + right)
+        begin = gl.maximum(row + shift - left, 0) // BLOCK_N
+    return begin, gl.maximum((seen + BLOCK_N - 1) // BLOCK_N, begin + 1)
+
+
+@gluon.jit
+def _hide(s, row, key, seqlen_k, shift, left, right, CAUSAL: gl.constexpr):
+    """-inf for keys past the end and for those that a row does not see: its diagonal ends in the bottom right corner."""
     layout: gl.constexpr = s.type.layout
+    columns = gl.arange(0, s.shape[1], gl.SliceLayout(0, layout))[None, :]
     end = gl.full([s.shape[0]], seqlen_k - key, gl.int32, gl.SliceLayout(1, layout))  # first hidden column of a row
     if CAUSAL:
         end = gl.minimum(end, row + shift + 1 - key + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout)))
-    hidden = gl.arange(0, s.shape[1], gl.SliceLayout(0, layout))[None, :] >= end[:, None]
-    return gl.where(hidden, -float("inf"), s)
+    if left is not None:
+        diagonal = row + shift - key + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout))
+        end = gl.minimum(end, diagonal + right + 1)
+        s = gl.where(columns < (diagonal - left)[:, None], -float("inf"), s)
+    return gl.where(columns >= end[:, None], -float("inf"), s)
+
+
+@gluon.jit
+def _apply_mask(s, mask, scale):
+    """bool: -inf where it is 0; else scale * s + mask, where a -inf hides the score even if it is NaN."""
+    if mask.dtype == gl.int8:
+        return gl.where(mask == 0, -float("inf"), s)
+    else:
+        bias = mask.to(gl.float32)
+        return gl.where(bias == -float("inf"), bias, s * scale + bias)
 
 
 @gluon.jit
@@ -100,10 +149,12 @@ def _softmax(s, m, l, acc, qk_scale, FIRST: gl.constexpr, EMPTY_ROWS: gl.constex
 
 @gluon.jit
 def attention_forward(
-    q_desc, k_desc, v_desc, o_desc, lse, qk_scale, seqlen_q, seqlen_k, row_tiles, per_row_tiles, heads, per_heads,
-    pairs, per_pairs, items, GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, SINGLE: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, lse, mask_desc, seqused_k, cu_seqlens_q, cu_seqlens_k, total_q, total_k, qk_scale,
+    cap, left, right, longest_q, longest_k, row_tiles, per_row_tiles, heads, per_heads, pairs, per_pairs, items,
+    GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, SINGLE: gl.constexpr,
     EMPTY_ROWS: gl.constexpr, NEGATE: gl.constexpr, PERSISTENT: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, WARPS: gl.constexpr, LATE: gl.constexpr,
+    MASK_B: gl.constexpr, MASK_H: gl.constexpr,
 ):  # fmt: skip
     """softmax(q k^T) v over 4-D descriptors [batch, heads, rows, columns] whose boxes are one tile.
 
@@ -111,30 +162,46 @@ def attention_forward(
     magnitude. LATE: let the next kernel start when this one ends, not at once. PERSISTENT: a one-dimensional grid of
     blocks that each take every gridDim-th item; else a grid of (row tiles, heads, batch), when causal (heads, row
     tiles, batch).
+
+    None where an option is not in use. mask_desc: over the mask's own sizes, 1 where it is broadcast; MASK_B, MASK_H: 0
+    where its batch or head is. cap: of the scores, before the mask is added. qk_scale has a factor of log2(e), without
+    the one where the scores get a bias, and 2 / cap where there is a cap. left, right: keys beside the diagonal.
+    seqused_k, cu_seqlens_q, cu_seqlens_k: lengths on the device, of sequences of at most longest_q, longest_k rows. Of
+    these a persistent kernel takes seqused_k only.
     """
     dtype: gl.constexpr = q_desc.dtype
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_DV, 16])  # noqa: E741
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 8, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    BIAS: gl.constexpr = mask_desc is not None and mask_desc.dtype != gl.int8
+    RAGGED: gl.constexpr = seqused_k is not None or cu_seqlens_k is not None
+    MASKED: gl.constexpr = CAUSAL or not EVEN_N or left is not None
 
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_box = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_M, BLOCK_D], q_desc.layout)
-    k_box = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
-    v_box = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_N, BLOCK_DV], v_desc.layout)
+    q_box = gl.allocate_shared_memory(dtype, q_desc.block_shape, q_desc.layout)
+    k_box = gl.allocate_shared_memory(dtype, k_desc.block_shape, k_desc.layout)
+    v_box = gl.allocate_shared_memory(dtype, v_desc.block_shape, v_desc.layout)
     q_tile = q_box.reshape([BLOCK_M, BLOCK_D])
     k_tile = k_box.reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
     v_tile = v_box.reshape([BLOCK_N, BLOCK_DV])
     if PERSISTENT or BLOCK_DV != BLOCK_D:  # a persistent block's q already is the next item's
-        o_box = gl.allocate_shared_memory(dtype, [1, 1, BLOCK_M, BLOCK_DV], o_desc.layout)
+        o_box = gl.allocate_shared_memory(dtype, o_desc.block_shape, o_desc.layout)
     else:
         o_box = q_box
     o_tile = o_box.reshape([BLOCK_M, BLOCK_DV])
     Q_BYTES: gl.constexpr = BLOCK_M * BLOCK_D * 2
     K_BYTES: gl.constexpr = BLOCK_N * BLOCK_D * 2
     V_BYTES: gl.constexpr = BLOCK_N * BLOCK_DV * 2
+    if mask_desc is not None:
+        MASK_ROWS: gl.constexpr = mask_desc.block_shape[2]
+        MASK_BYTES: gl.constexpr = MASK_ROWS * BLOCK_N * mask_desc.dtype.primitive_bitwidth // 8
+        mask_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mask_box = gl.allocate_shared_memory(mask_desc.dtype, mask_desc.block_shape, mask_desc.layout)
+        mask_tile = mask_box.reshape([MASK_ROWS, BLOCK_N])
+        mbarrier.init(mask_full, count=1)
 
     mbarrier.init(q_full, count=1)
     mbarrier.init(k_full, count=1)
@@ -143,6 +210,8 @@ def attention_forward(
     mbarrier.expect(q_full, Q_BYTES)
     mbarrier.expect(k_full, K_BYTES)
     mbarrier.expect(v_full, V_BYTES)
+    if mask_desc is not None:
+        mbarrier.expect(mask_full, MASK_BYTES)
     if PERSISTENT:
         first = gl.program_id(0)
         step = gl.num_programs(0)
@@ -158,24 +227,50 @@ def attention_forward(
             head = gl.program_id(1)
         batch = gl.program_id(2)
     gdc_wait()  # the set-up above overlaps with whatever ran before in the stream; it has now written its results
-    tma_load(q_desc, [batch, head, row_tile * BLOCK_M, 0], q_full, q_box)
-    tma_load(k_desc, [batch, head // GROUP, 0, 0], k_full, k_box)
-    tma_load(v_desc, [batch, head // GROUP, 0, 0], v_full, v_box)
+    seqlen_q, seqlen_k, first_q, first_k = longest_q, longest_k, 0, 0
+    if cu_seqlens_q is not None:
+        first_q, seqlen_q = _rows_of(cu_seqlens_q, batch, total_q, longest_q)
+        first_k, seqlen_k = _rows_of(cu_seqlens_k, batch, total_k, longest_k)
+        batch = 0
+    elif seqused_k is not None:
+        seqlen_k = _used(seqused_k, batch, longest_k)
+    shift = seqlen_k - seqlen_q
+    begin = 0
+    if left is not None:
+        begin, _ = _key_tiles(row_tile * BLOCK_M, seqlen_k, shift, left, right, BLOCK_M, BLOCK_N, CAUSAL)
+    exists = True
+    if cu_seqlens_q is not None:  # the grid is made for the longest sequence
+        exists = row_tile * BLOCK_M < seqlen_q
+        items = exists.to(gl.int32)
+    row = row_tile * BLOCK_M
+    key = begin * BLOCK_N
+    length = gl.maximum(seqlen_k, 1) if RAGGED else seqlen_k
+    _load(q_desc, batch, head, first_q, seqlen_q, longest_q, row, q_full, q_box, exists)
+    _load(k_desc, batch, head // GROUP, first_k, length, longest_k, key, k_full, k_box, exists)
+    if mask_desc is not None:
+        mask_row = row if MASK_ROWS > 1 else 0
+        tma_load(mask_desc, [batch * MASK_B, head * MASK_H, mask_row, key], mask_full, mask_box)
+    _load(v_desc, batch, head // GROUP, first_k, length, longest_k, key, v_full, v_box, exists)
     # The next kernel's set-up may overlap in turn. Started now, its blocks would sit where ours still want to go
     # unless ours all fit with room to spare.
     if not LATE:
         gdc_launch_dependents()
 
-    shift = seqlen_k - seqlen_q
     no_scores = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, S)
     loads = 0  # of K, and of V; their parity is the phase of the barriers
     turn = 0
     for index in range(first, items, step):
         row = row_tile * BLOCK_M
-        tiles = _key_tiles(row, seqlen_k, shift, BLOCK_M, BLOCK_N, CAUSAL)
+        if seqused_k is not None:
+            shift = seqlen_k - seqlen_q
+        first_tile, tiles = _key_tiles(row, seqlen_k, shift, left, right, BLOCK_M, BLOCK_N, CAUSAL)
         visible = seqlen_k  # keys that every row of this tile sees
         if CAUSAL:
             visible = gl.minimum(visible, row + shift + 1)
+        hidden = 0  # keys before this one are hidden from some row
+        if left is not None:
+            visible = gl.minimum(visible, row + shift + right + 1)
+            hidden = row + BLOCK_M - 1 + shift - left
         more = False
         next_row_tile, next_head, next_batch = row_tile, head, batch
         if PERSISTENT:
@@ -183,36 +278,53 @@ def attention_forward(
             next_row_tile, next_head, next_batch = _item(
                 index + step, row_tiles, per_row_tiles, heads, per_heads, pairs, per_pairs, CAUSAL
             )
+            if seqused_k is not None:
+                next_seqlen_k = _used(seqused_k, next_batch, longest_k, more)
         acc = gl.zeros([BLOCK_M, BLOCK_DV], gl.float32, O)
         m = gl.full([BLOCK_M], -float("inf"), gl.float32, gl.SliceLayout(1, S))
         l = gl.zeros([BLOCK_M, 8], gl.float32, L)  # noqa: E741
         mbarrier.wait(q_full, turn & 1)
-        for tile in range(0, 1 if SINGLE else tiles):
+        for tile in range(first_tile, first_tile + 1 if SINGLE else tiles):
             last = tile + 1 == tiles
             refill = more | (tile + 1 < tiles)
             load_batch = gl.where(last, next_batch, batch)
             load_head = gl.where(last, next_head, head) // GROUP
             load_key = gl.where(last, 0, (tile + 1) * BLOCK_N)
+            if PERSISTENT and seqused_k is not None:
+                length = gl.maximum(gl.where(last, next_seqlen_k, seqlen_k), 1)
             mbarrier.wait(k_full, loads & 1)
             scores = warpgroup_mma(q_tile, k_tile, no_scores, use_acc=False, is_async=True)
+            if mask_desc is not None:
+                mbarrier.wait(mask_full, loads & 1)
+                mask = mask_tile.load(S)
             s = warpgroup_mma_wait(0, deps=(scores,))
             if PERSISTENT or not SINGLE:
                 mbarrier.expect(k_full, K_BYTES, pred=refill)
+                if mask_desc is not None:
+                    mbarrier.expect(mask_full, MASK_BYTES, pred=refill)
                 if PERSISTENT:
                     mbarrier.expect(q_full, Q_BYTES, pred=last & more)
-                block_barrier()  # every warp's product has read k, and q
-                tma_load(k_desc, [load_batch, load_head, load_key, 0], k_full, k_box, pred=refill)
+                block_barrier()  # every warp's product has read k, and q; every warp the mask
+                _load(k_desc, load_batch, load_head, first_k, length, longest_k, load_key, k_full, k_box, refill)
+                if mask_desc is not None:
+                    at = [batch * MASK_B, head * MASK_H, mask_row, load_key]
+                    tma_load(mask_desc, at, mask_full, mask_box, pred=refill)
                 if PERSISTENT:
                     row_next = next_row_tile * BLOCK_M
-                    tma_load(q_desc, [next_batch, next_head, row_next, 0], q_full, q_box, pred=last & more)
+                    _load(q_desc, next_batch, next_head, 0, seqlen_q, seqlen_q, row_next, q_full, q_box, last & more)
             if NEGATE:
                 s = -s
-            if SINGLE and (CAUSAL or not EVEN_N):
-                s = _hide(s, row, 0, seqlen_k, shift, CAUSAL)
-            elif CAUSAL or not EVEN_N:
-                if (tile + 1) * BLOCK_N > visible:
-                    s = _hide(s, row, tile * BLOCK_N, seqlen_k, shift, CAUSAL)
-            p, m, l, acc = _softmax(s, m, l, acc, qk_scale, SINGLE, EMPTY_ROWS)
+            if cap is not None:  # tanh by exp2: tanh.approx is right to 11 bits only
+                s = cap - 2.0 * cap / (1.0 + gl.exp2(s * qk_scale))
+            if mask_desc is not None:
+                s = _apply_mask(s, mask, qk_scale if cap is None else 1.0)
+            if SINGLE and MASKED:
+                s = _hide(s, row, 0, seqlen_k, shift, left, right, CAUSAL)
+            elif MASKED:
+                if ((tile + 1) * BLOCK_N > visible) | (tile * BLOCK_N < hidden):
+                    s = _hide(s, row, tile * BLOCK_N, seqlen_k, shift, left, right, CAUSAL)
+            unit = LOG2E if BIAS or cap is not None else qk_scale
+            p, m, l, acc = _softmax(s, m, l, acc, unit, SINGLE, EMPTY_ROWS)
             p = gl.convert_layout(p.to(dtype), P, assert_trivial=True)
             mbarrier.wait(v_full, loads & 1)
             sums = warpgroup_mma(p, v_tile, acc, use_acc=not SINGLE, is_async=True)
@@ -220,7 +332,7 @@ def attention_forward(
             if PERSISTENT or not SINGLE:
                 mbarrier.expect(v_full, V_BYTES, pred=refill)
                 block_barrier()  # every warp's product has read v
-                tma_load(v_desc, [load_batch, load_head, load_key, 0], v_full, v_box, pred=refill)
+                _load(v_desc, load_batch, load_head, first_k, length, longest_k, load_key, v_full, v_box, refill)
             loads += 1
 
         if LATE:
@@ -228,19 +340,28 @@ def attention_forward(
                 gdc_launch_dependents()
         total = gl.sum(l, 1)
         inverse = 1.0 / total
-        if EMPTY_ROWS:
-            inverse = gl.where(total == 0.0, 0.0, inverse)
         out = acc * gl.convert_layout(inverse, gl.SliceLayout(1, O), assert_trivial=True)[:, None]
+        if EMPTY_ROWS:  # not by a factor of 0: what a tile holds in v beside what its rows may read can be NaN
+            empty = gl.convert_layout(total == 0.0, gl.SliceLayout(1, O), assert_trivial=True)
+            out = gl.where(empty[:, None], 0.0, out)
         if PERSISTENT:
             tma.store_wait(0)  # the item before this one has left the buffer
         o_tile.store(out.to(dtype))
         fence_async_shared()
-        tma_store(o_desc, [batch, head, row, 0], o_box)
+        if cu_seqlens_q is not None:
+            tma_store(o_desc, [batch, head, first_q + seqlen_q, longest_q - seqlen_q + row, 0], o_box)
+        else:
+            tma_store(o_desc, [batch, head, row, 0], o_box)
         if lse is not None:
             rows = row + gl.arange(0, BLOCK_M, gl.SliceLayout(1, S))
             total = gl.convert_layout(total, gl.SliceLayout(1, S), assert_trivial=True)
-            base = (batch.to(gl.int64) * heads + head) * seqlen_q
+            if cu_seqlens_q is not None:
+                base = head.to(gl.int64) * total_q + first_q
+            else:
+                base = (batch.to(gl.int64) * heads + head) * seqlen_q
             gl.store(lse + base + rows, m * LN2 + gl.log(total), mask=rows < seqlen_q)
         row_tile, head, batch = next_row_tile, next_head, next_batch
+        if PERSISTENT and seqused_k is not None:
+            seqlen_k = next_seqlen_k
         turn += 1
     tma.store_wait(0)
