@@ -18,10 +18,10 @@ from flashcore.core.problem import Problem
 from flashcore.core.target import Target
 from flashcore.fast.attention_production import attention
 from flashcore.launch import launcher, packet, shim
-from flashcore.launch.arguments import Options, check, problem_of
+from flashcore.launch.arguments import Options, check, check_packed, packed_problem_of, problem_of
 from flashcore.launch.capability import reasons
 from flashcore.launch.compiled import compile_for
-from flashcore.launch.select import KERNELS, select
+from flashcore.launch.select import KERNELS
 
 Shape = Sequence[Any]  # (B, H, S, D), or (q's shape, k's and v's shape)
 
@@ -41,7 +41,8 @@ class Explanation:
         kind = str(p.dtype).removeprefix("torch.")
         heads = f"{p.heads_q}" if p.group == 1 else f"{p.heads_q} over {p.heads_kv}"
         lengths = f"{p.seqlen_q}" if p.seqlen_q == p.seqlen_k else f"{p.seqlen_q} x {p.seqlen_k}"
-        what = f"B={p.batch} H={heads} S={lengths} D={p.head_dim} {kind}{' causal' if p.is_causal else ''}"
+        used = ("causal",) * p.is_causal + p.options
+        what = " ".join((f"B={p.batch} H={heads} S={lengths} D={p.head_dim} {kind}", *used))
         lines = [f"{what} on {self.target.name if self.target else 'the CPU'}"]
         if c is None:
             lines.append("  no kernel serves it")
@@ -57,21 +58,34 @@ class Explanation:
 
 def explain(
     q: Tensor, k: Tensor, v: Tensor, block_m: int | None = None, block_n: int | None = None, *,
-    is_causal: bool = False, scale: float | None = None, return_lse: bool = False, layout: str = "bhsd",
-    out: Tensor | None = None, backend: str | None = None, target: Target | None = None,
+    is_causal: bool = False, scale: float | None = None, window: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    attn_mask: Tensor | None = None, seqused_k: Tensor | None = None, return_lse: bool = False,
+    layout: str = "bhsd", out: Tensor | None = None, backend: str | None = None,
+    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0, target: Target | None = None,
 ) -> Explanation:
     """Say which kernel and tile `attention` would use for these arguments, without running anything.
 
     Args:
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k: ask about `attention_varlen`, whose q, k and v are
+            [total, H, D]. attn_mask, seqused_k and layout are not among its arguments.
         target: answer for this GPU instead of the tensors' own device, as flashcore.core.target.H100; the tensors
             may then be anywhere, the meta device included.
 
     Raises:
         TypeError, ValueError: as `attention`; a problem that no kernel serves is an answer, not an error.
     """  # fmt: skip
-    options = Options(block_m, block_n, is_causal, scale, return_lse, layout, backend)
-    check(q, k, v, options, out)
-    problem = problem_of(q, k, v, out, options)
+    options = Options(
+        block_m, block_n, is_causal, scale, return_lse, layout, backend, window, softcap
+    )
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+        assert cu_seqlens_q is not None and cu_seqlens_k is not None
+        check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, out)
+        sequences = cu_seqlens_q.shape[0] - 1
+        problem = packed_problem_of(q, k, v, out, sequences, max_seqlen_q, max_seqlen_k, options)
+    else:
+        check(q, k, v, options, out, attn_mask, seqused_k)
+        problem = problem_of(q, k, v, out, options, attn_mask, seqused_k)
     if target is None and q.device.type == "cuda":
         target = targets.current(q.device.index)
     if target is None or backend == "reference":
@@ -79,7 +93,7 @@ def explain(
         return Explanation(problem, target, Config("reference", 0, 0, 0, 0), {name: why for name in KERNELS}, "torch")
     refused = {name: reasons(name, problem, target) for name in KERNELS}
     try:
-        config = select(problem, target, backend=backend, block_m=block_m, block_n=block_n)
+        config = launcher.choose(problem, target, options)
     except UnsupportedError as error:
         return Explanation(problem, target, None, error.reasons, "")
     won = (f"{config.kernel} is " + ("chosen by hand" if backend else "preferred here"),)
@@ -100,7 +114,8 @@ class Warmed:
 
 def warmup(
     shapes: Iterable[Shape], *, dtype: torch.dtype = torch.float16, device: torch.device | str | int | None = None,
-    target: Target | None = None, progress: bool = True, **options: Any,
+    attn_mask: Tensor | None = None, seqused_k: bool = False, target: Target | None = None, progress: bool = True,
+    **options: Any,
 ) -> list[Warmed]:
     """Compile and load what `attention` needs for contiguous tensors of these shapes, so that no call waits for it.
 
@@ -109,9 +124,12 @@ def warmup(
             layout="bshd" in that order.
         dtype: of q, k and v.
         device: the GPU, the current one when None.
+        attn_mask: a tensor that looks like the masks to come; what it holds does not matter.
+        seqused_k: whether the calls to come pass one.
         target: compile for this GPU into Triton's cache and load nothing: needs no GPU, as in a container's build.
         progress: draw a progress bar on stderr, where it is a terminal.
-        options: block_m, block_n, is_causal, scale, return_lse, layout, backend, as `attention` takes them.
+        options: block_m, block_n, is_causal, scale, return_lse, layout, backend, window, softcap, as `attention`
+            takes them.
 
     Returns:
         What was made ready, in order.
@@ -126,23 +144,33 @@ def warmup(
         started, kernels = time.perf_counter(), packet.loaded_kernels()
         if target is not None:
             q, k, v = (torch.empty(tuple(s), dtype=dtype, device="meta") for s in (q_shape, k_shape, k_shape))
-            check(q, k, v, wanted)
-            problem = problem_of(q, k, v, None, wanted)
-            config = select(
-                problem, target, backend=wanted.backend, block_m=wanted.block_m, block_n=wanted.block_n
-            )
+            extra = _extra(q, attn_mask, seqused_k)
+            check(q, k, v, wanted, None, **extra)
+            problem = problem_of(q, k, v, None, wanted, **extra)
+            config = launcher.choose(problem, target, wanted)
             binding = launcher.bind(problem, config, wanted.scale_for(problem.head_dim), target)
             compile_for(binding, target.arch)
             count = 1
         else:
             where = torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device)
             q, k, v = (torch.zeros(tuple(s), dtype=dtype, device=where) for s in (q_shape, k_shape, k_shape))
-            attention(q, k, v, **wanted._asdict())
-            found = explain(q, k, v, **wanted._asdict()).config
+            extra = _extra(q, attn_mask, seqused_k)
+            attention(q, k, v, **wanted._asdict(), **extra)
+            found = explain(q, k, v, **wanted._asdict(), **extra).config
             assert found is not None  # attention served it
             config, count = found, packet.loaded_kernels() - kernels
         done.append(Warmed(shape, config, count, time.perf_counter() - started))
     return done
+
+
+def _extra(q: Tensor, mask: Tensor | None, seqused_k: bool) -> dict[str, Any]:
+    """A mask and lengths for q, of zeros."""
+    if mask is not None:
+        reach = 1 + sum((size - 1) * stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
+        memory = torch.zeros(reach, dtype=mask.dtype, device=q.device)
+        mask = memory.as_strided(mask.shape, mask.stride())
+    used = torch.zeros(q.shape[0], dtype=torch.int32, device=q.device) if seqused_k else None
+    return {"attn_mask": mask, "seqused_k": used}
 
 
 def _with_bar(items: list[Shape], wanted: bool) -> Iterator[Shape]:
