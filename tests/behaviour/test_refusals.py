@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashcore import UnsupportedError
 from flashcore.fast.attention_production import attention
+from flashcore.launch.select import KERNELS
 from flashcore.testing import Shape, make
 
 SHAPE = Shape(2, 4, 20, 16, heads_kv=2, seqlen_k=24)
@@ -128,21 +129,30 @@ def test_tiles_by_hand(route: Any, rows: int | None, keys: int | None) -> None:
     assert torch.equal(by_position, route(**arguments, block_m=rows, block_n=keys))
 
 
-UNSERVED: dict[str, Call] = {
+OPTIONS: dict[str, Call] = {
     "window": {"window": (4, 0)},
-    "softcap": {"softcap": 30.0},
-    "attn_mask": {"attn_mask": torch.ones(20, 24, dtype=torch.bool)},
+    "window to both sides": {"window": (2, 3), "is_causal": False},
+    "softcap": {"softcap": 1.5},
+    "bool mask": {"attn_mask": torch.arange(480).view(20, 24) % 3 > 0},
+    "mask that hides rows": {"attn_mask": (torch.arange(20) % 4 > 0)[:, None].expand(20, 24)},
+    "bias": {"attn_mask": torch.linspace(-3, 3, 480, dtype=torch.float16).view(1, 1, 20, 24)},
+    "bias of heads": {"attn_mask": torch.linspace(-3, 3, 96).view(4, 1, 24)},
+    "bias in fp64": {"attn_mask": torch.linspace(-3, 3, 480, dtype=torch.float64).view(20, 24)},
     "seqused_k": {"seqused_k": torch.tensor([24, 3], dtype=torch.int32)},
+    "seqused_k out of range": {"seqused_k": torch.tensor([99, -3], dtype=torch.int32), "is_causal": True},
 }
 
 
-@pytest.mark.parametrize("name", UNSERVED)
-def test_options_that_no_kernel_serves_yet(route: Any, name: str) -> None:
-    """The reference path serves them all; a kernel says so, and never computes something else."""
-    if route.is_kernel:
-        refused(route, name, **call(), **UNSERVED[name])
-    else:
-        route.checked(**call(), **UNSERVED[name])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_is_computed_or_refused_with_the_kernel_s_reasons(route: Any, name: str) -> None:
+    """The reference path serves them all; a kernel never computes something else."""
+    try:
+        route.checked(**call(), **OPTIONS[name])
+    except UnsupportedError as refusal:
+        assert route.is_kernel
+        kernels = [route.backend] if route.backend else list(KERNELS)
+        assert list(refusal.reasons) == kernels and all(refusal.reasons.values())
+        works(route)
 
 
 @pytest.mark.parametrize("dim", [4, 12, 20, 264, 512])
