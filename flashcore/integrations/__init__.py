@@ -1,0 +1,1 @@
+"""FlashCore behind the interfaces of other libraries. Nothing here is loaded or registered by itself."""

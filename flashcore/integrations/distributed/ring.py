@@ -1,0 +1,164 @@
+"""Ring attention (Liu et al. 2023): each rank keeps its rows, and keys and values travel from rank to rank.
+
+Step s of rank r works on the keys of rank r - s. While it computes, they are already on their way to rank r + 1 and
+the next ones on their way here: NCCL moves them on a stream of its own, from one of two buffers into the other. In the
+backward pass the gradients of keys and values follow one step behind the keys they belong to, in fp32, and come home
+in the last step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashcore.fast.attention_production import attention
+from flashcore.integrations.distributed import partial
+from flashcore.integrations.distributed.rows import Rows
+
+Kept = tuple[Tensor, ...]  # what a backward pass needs: q, k, v, out, lse
+
+
+class Ring:
+    """Passes tensors on to the next rank of a group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def pass_on(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> list[dist.Work]:
+        """Start sending contiguous tensors to rank + 1, and receiving as many from rank - 1; wait for what it returns.
+
+        On GPUs it starts when the current stream has come here, and waiting holds up the stream, not the caller.
+        """
+        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        operations = [dist.P2POp(dist.isend, t, group=self.group, group_peer=after) for t in send]
+        operations += [dist.P2POp(dist.irecv, t, group=self.group, group_peer=before) for t in receive]
+        works: list[dist.Work] = dist.batch_isend_irecv(operations)
+        return works
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all ranks agree on."""
+
+    ring: Ring
+    rows: Rows
+    is_causal: bool
+    scale: float
+    backend: str | None = None
+
+
+class _Buffers:
+    """Room for a pair of travelling tensors, twice: one is read and sent while the other receives."""
+
+    def __init__(self, call: Call, k: Tensor, v: Tensor, dtype: torch.dtype) -> None:
+        self._call = call
+        self._like = k, v
+        most = call.rows.most
+        self._flat = [[t.new_empty(t[:, :, :1].numel() * most, dtype=dtype) for t in (k, v)] for _ in range(2)]
+
+    def of(self, turn: int, rank: int) -> list[Tensor]:
+        """[B, H, S, D] for the rows of `rank`, contiguous; even and odd turns do not share memory."""
+        rows = self._call.rows.of(rank)
+        shapes = [(t.shape[0], t.shape[1], rows, t.shape[3]) for t in self._like]
+        pairs = zip(self._flat[turn % 2], shapes, strict=True)
+        return [flat[: shape[0] * shape[1] * rows * shape[3]].view(shape) for flat, shape in pairs]
+
+
+def _wait(works: Sequence[dist.Work]) -> None:
+    for work in works:
+        work.wait()
+
+
+def _part(call: Call, source: int) -> tuple[slice, slice, bool]:
+    """Which of this rank's rows see which keys of rank `source`, and whether those by a causal mask.
+
+    Chunks are in the sequence's order on every rank, and this rank's two lie around or between the other one's two.
+    Either way half of the scores are left, as on the diagonal.
+    """
+    rank = call.ring.rank
+    if not call.is_causal or source == rank:
+        return slice(None), slice(None), call.is_causal
+    if source < rank:  # its first chunk is before both of ours, its second one behind them
+        return slice(None), slice(call.rows.halves(source)[0]), False
+    return slice(call.rows.halves(rank)[0], None), slice(None), False
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor, Kept]:
+    """Attention of this rank's rows over all keys.
+
+    Args:
+        q: [B, Hq, S, D], k, v: [B, Hkv, S, D], this rank's rows as `shard` gives them.
+
+    Returns:
+        out [B, Hq, S, D] in q's dtype, lse [B, Hq, S], and what `backward` needs.
+    """
+    ring = call.ring
+    here = [k.contiguous(), v.contiguous()]
+    kept_k, kept_v = here
+    buffers = _Buffers(call, kept_k, kept_v, k.dtype)
+    out = lse = None
+    for step in range(ring.size):
+        source = (ring.rank - step) % ring.size
+        works, coming = [], here
+        if step + 1 < ring.size:
+            coming = buffers.of(step, (source - 1) % ring.size)
+            works = ring.pass_on(here, coming)
+        rows, keys, is_causal = _part(call, source)
+        part, part_lse = attention(
+            q[:, :, rows], here[0][:, :, keys], here[1][:, :, keys], is_causal=is_causal, scale=call.scale,
+            return_lse=True, backend=call.backend,
+        )  # fmt: skip
+        if out is None or lse is None:
+            out, lse = part if ring.size == 1 else part.to(partial.precision_of(part.dtype)), part_lse
+        else:
+            partial.merge_(out[:, :, rows], lse[:, :, rows], part, part_lse)
+        _wait(works)
+        here = coming
+    assert out is not None and lse is not None
+    out = out.to(q.dtype)
+    return out, lse, (q, kept_k, kept_v, out, lse)
+
+
+def backward(kept: Kept, grad_out: Tensor, grad_lse: Tensor | None, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of this rank's q, k and v."""
+    q, k, v, out, lse = kept
+    ring = call.ring
+    precision = partial.precision_of(q.dtype)
+    delta = None if partial.by_kernel(q, v, grad_lse) else partial.correction(grad_out, out, grad_lse)
+    here = [k, v]
+    buffers, grad_buffers = _Buffers(call, k, v, k.dtype), _Buffers(call, k, v, precision)
+    grad_q = q.new_zeros(q.shape, dtype=precision)
+    grads = grad_buffers.of(0, ring.rank)
+    grad_works: list[dist.Work] = []
+    for step in range(ring.size):
+        source = (ring.rank - step) % ring.size
+        works, coming = [], here
+        if step + 1 < ring.size:
+            coming = buffers.of(step, (source - 1) % ring.size)
+            works = ring.pass_on(here, coming)
+        rows, keys, is_causal = _part(call, source)
+        more_q, *more = partial.gradients(
+            grad_out[:, :, rows], q[:, :, rows], here[0][:, :, keys], here[1][:, :, keys], out[:, :, rows],
+            lse[:, :, rows], None if delta is None else delta[:, :, rows], is_causal=is_causal, scale=call.scale,
+        )  # fmt: skip
+        grad_q[:, :, rows] += more_q
+        _wait(grad_works)
+        for grad, part in zip(grads, more, strict=True):
+            if step == 0:
+                grad.copy_(part)
+            else:
+                grad[:, :, keys] += part
+        if ring.size > 1:  # onwards with the keys; after the last step they are one rank from home
+            arriving = grad_buffers.of(step + 1, (source - 1) % ring.size)
+            grad_works = ring.pass_on(grads, arriving)
+            grads = arriving
+        _wait(works)
+        here = coming
+    _wait(grad_works)
+    grad_k, grad_v = grads
+    return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
