@@ -1,15 +1,17 @@
-"""One rank of the tests in this folder: runs the cases named on its command line and writes what came of each.
+"""The ranks of the tests in this folder: run every case of this file and write what came of it.
 
-    worker.py RANK RANKS STORE RESULT CASE...
+    worker.py FOLDER RANKS...
 
-Every case is a function of this file. All ranks run the same cases in the same order, over gloo; STORE is a file in
-which they find each other, RESULT the JSON file for this rank: case -> "" or the traceback.
+For each number of ranks as many processes are forked, which spares them the imports. All run the same cases in the
+same order, over gloo, and write FOLDER/<ranks>-<rank>.json: case -> "" or the traceback.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +37,8 @@ from flashcore.integrations.distributed import (
 from flashcore.testing import require
 
 CASES: dict[str, Callable[[], None]] = {}
-RANK, RANKS = int(sys.argv[1]), int(sys.argv[2])
+RANK, RANKS = 0, 0  # of this process, once it is one of them
+LIMIT_S = 40  # of all cases on one number of ranks
 SEED = 7
 METHODS = ("ring", "all_to_all")
 CLOSE = {torch.float64: 1e-12, torch.float32: 2e-5}
@@ -439,24 +442,42 @@ def dtensor_refusals() -> None:
         sharded_attention(dq, dk, dv, out=torch.empty_like(dq))
 
 
-def main() -> None:
-    store, result, *names = sys.argv[3:]
-    torch.set_num_threads(1)
+def be(rank: int, ranks: int, folder: Path) -> None:
+    """Run all cases as one of the ranks."""
+    global RANK, RANKS
+    RANK, RANKS = rank, ranks
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=RANK, world_size=RANKS, timeout=timedelta(seconds=40)
-    )
-    found = {}
-    for name in names:
+        "gloo", init_method=f"file://{folder / str(ranks)}", rank=rank, world_size=ranks,
+        timeout=timedelta(seconds=LIMIT_S / 2),
+    )  # fmt: skip
+    found: dict[str, str] = {}
+    for name, run in CASES.items():
         try:
-            CASES[name]()
+            run()
             found[name] = ""
         except Exception:
             found[name] = traceback.format_exc()
-            Path(result).write_text(json.dumps(found))
-            raise  # the ranks may no longer be at the same place
-        Path(result).write_text(json.dumps(found))
+        (folder / f"{ranks}-{rank}.json").write_text(json.dumps(found))
+        if found[name]:
+            sys.exit(1)  # the ranks may no longer be at the same place
     dist.barrier()
     dist.destroy_process_group()
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context("fork")
+    for ranks in map(int, sys.argv[2:]):
+        processes = [context.Process(target=be, args=(rank, ranks, folder)) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + LIMIT_S
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 if __name__ == "__main__":
