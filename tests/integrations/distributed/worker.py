@@ -8,16 +8,21 @@ same order, over gloo, and write FOLDER/<ranks>-<rank>.json: case -> "" or the t
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
+import os
+import re
+import runpy
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,6 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from flashcore import attention
+from flashcore.benchmark import context_parallel
 from flashcore.integrations.distributed import (
     context_parallel_attention,
     register_sharding,
@@ -39,6 +45,8 @@ from flashcore.testing import require
 CASES: dict[str, Callable[[], None]] = {}
 RANK, RANKS = 0, 0  # of this process, once it is one of them
 LIMIT_S = 40  # of all cases on one number of ranks
+FOLDER = Path(sys.argv[1])
+ROOT = Path(__file__).resolve().parents[3]
 SEED = 7
 METHODS = ("ring", "all_to_all")
 CLOSE = {torch.float64: 1e-12, torch.float32: 2e-5}
@@ -109,7 +117,7 @@ def agree(
 
 
 @contextmanager
-def raises(kind: type[Exception], words: str) -> Iterator[None]:
+def raises(kind: type[BaseException], words: str) -> Iterator[None]:
     try:
         yield
     except kind as error:
@@ -442,12 +450,79 @@ def dtensor_refusals() -> None:
         sharded_attention(dq, dk, dv, out=torch.empty_like(dq))
 
 
-def be(rank: int, ranks: int, folder: Path) -> None:
+# -- what users are shown ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def as_a_program(*arguments: str) -> Iterator[io.StringIO]:
+    """What torch.distributed.run would give a script, in the group that there is; yields what it prints."""
+    given = {"LOCAL_RANK": str(RANK), "RANK": str(RANK), "WORLD_SIZE": str(RANKS)}
+    with (
+        mock.patch.dict(os.environ, given), mock.patch.object(sys, "argv", ["program", *arguments]),
+        mock.patch.object(torch.cuda, "device_count", lambda: 0), mock.patch.object(dist, "init_process_group"),
+        mock.patch.object(dist, "destroy_process_group"), redirect_stdout(io.StringIO()) as printed,
+    ):  # fmt: skip
+        yield printed
+
+
+@case
+def the_example() -> None:
+    with as_a_program("--seqlen", "33", "--heads", str(RANKS)) as printed, raises(SystemExit, "0"):
+        runpy.run_path(str(ROOT / "examples" / "shard_two_gpus.py"), run_name="__main__")
+    assert printed.getvalue().count("relative error") == (2 if RANK == 0 else 0), printed.getvalue()
+
+
+@case
+def the_benchmark() -> None:
+    file = FOLDER / f"benchmark-{RANKS}.json"
+    sizes = ["--seqlen", str(32 * RANKS), "--heads", "2", "--dims", "16", "--trials", "2"]
+    with as_a_program() as printed:
+        assert context_parallel.main([*sizes, "--device", "cpu", "--json", str(file)]) == 0
+    if RANK > 0:
+        return
+    record = json.loads(file.read_text())
+    assert record["protocol"]["ranks"] == RANKS and record["met"]
+    assert [c["shape"]["is_causal"] for c in record["cases"]] == [False, True]
+    for found in record["cases"]:
+        expected = set(context_parallel.CONTESTANTS) - ({"all_to_all"} if 2 % RANKS else set())
+        assert set(found["contestants"]) == expected and 0 <= found["hidden"] <= 1
+        assert found["speedup_ring"]["value"] > 0
+    assert printed.getvalue().count("H=2") == 2
+
+
+@case
+def the_benchmark_times_nothing_that_is_wrong() -> None:
+    def skewed(*tensors: Any, **options: Any) -> Any:
+        out, lse = attention(*tensors, **options)
+        return out * 1.01, lse
+
+    with mock.patch.object(ring, "attention", skewed), as_a_program() as printed:
+        status = context_parallel.main(["--seqlen", str(32 * RANKS), "--heads", "1", "--dims", "16", "--device", "cpu"])
+    assert status == (1 if RANK == 0 else 0)
+    assert RANK > 0 or "WRONG\n  ring: rank 0" in printed.getvalue(), printed.getvalue()
+
+
+@case
+def the_documentation() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "distributed.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        q, k, v, _ = inputs(RANKS, RANKS, 4 * RANKS)
+        names: dict[str, Any] = {
+            "torch": torch, "q": q, "k": k, "v": v, "seqlen": 4 * RANKS, "group": None,
+            "mesh": init_device_mesh("cpu", (RANKS,)),
+        }  # fmt: skip
+        exec(block, names)
+        found = names["whole"] if "whole" in names else names["out"].full_tensor()
+        assert (found - attention(q, k, v, is_causal=True)).abs().max() < 1e-12
+
+
+def be(rank: int, ranks: int) -> None:
     """Run all cases as one of the ranks."""
     global RANK, RANKS
     RANK, RANKS = rank, ranks
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder / str(ranks)}", rank=rank, world_size=ranks,
+        "gloo", init_method=f"file://{FOLDER / str(ranks)}", rank=rank, world_size=ranks,
         timeout=timedelta(seconds=LIMIT_S / 2),
     )  # fmt: skip
     found: dict[str, str] = {}
@@ -457,7 +532,7 @@ def be(rank: int, ranks: int, folder: Path) -> None:
             found[name] = ""
         except Exception:
             found[name] = traceback.format_exc()
-        (folder / f"{ranks}-{rank}.json").write_text(json.dumps(found))
+        (FOLDER / f"{ranks}-{rank}.json").write_text(json.dumps(found))
         if found[name]:
             sys.exit(1)  # the ranks may no longer be at the same place
     dist.barrier()
@@ -465,11 +540,10 @@ def be(rank: int, ranks: int, folder: Path) -> None:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
     for ranks in map(int, sys.argv[2:]):
-        processes = [context.Process(target=be, args=(rank, ranks, folder)) for rank in range(ranks)]
+        processes = [context.Process(target=be, args=(rank, ranks)) for rank in range(ranks)]
         for process in processes:
             process.start()
         end = time.monotonic() + LIMIT_S
