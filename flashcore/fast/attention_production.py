@@ -73,27 +73,29 @@ def attention(
     if not compiling and shim.attend is not None:
         result = shim.attend(
             q, k, v, out, attn_mask, seqused_k,
-            block_m, block_n, is_causal, scale, return_lse, layout, backend, window, softcap, None, None,
+            block_m, block_n, is_causal, scale, return_lse, layout, backend, window, softcap,
         )  # fmt: skip
         if result is not None:
             return result  # type: ignore[no-any-return]
-    key: tuple[Any, ...] = block_m, block_n, is_causal, scale, return_lse, layout, backend, window, softcap
-    plain = attn_mask is None and seqused_k is None
+    key = block_m, block_n, is_causal, scale, return_lse, layout, backend, window, softcap
+    if attn_mask is not None or seqused_k is not None:
+        if not compiling:
+            result = recall((*key, attn_mask is None, seqused_k is None), q, k, v, out, attn_mask, seqused_k)
+            if result is not None:
+                return result
+        return _attend(q, k, v, out, attn_mask, seqused_k, key)
     if not (compiling or dispatch_modes() or forward_ad._current_level >= 0):
         try:
-            if not plain:
-                entry = recall((*key, attn_mask is None, seqused_k is None), q, k, v, out, attn_mask, seqused_k)
-            else:
-                entry = recent.get(key) if out is None else recent_into.get(key)
-                if entry is None or not (entry.guard(q, k, v) if out is None else entry.guard(q, k, v, out)):
-                    entry = find(key, q, k, v, out)
+            entry = recent.get(key) if out is None else recent_into.get(key)
+            if entry is None or not (entry.guard(q, k, v) if out is None else entry.guard(q, k, v, out)):
+                entry = find(key, q, k, v, out)
         except (TypeError, AttributeError):  # an option without a hash, as a list; an argument that is no tensor
             entry = None
         if entry is not None:
-            result = entry.run(q, k, v, out) if plain else entry.run(q, k, v, out, attn_mask, seqused_k)
+            result = entry.run(q, k, v, out)
             if result is not None:
                 return result
-    return _attend(q, k, v, out, attn_mask, seqused_k, key)
+    return _attend(q, k, v, out, None, None, key)
 
 
 def _attend(
@@ -126,7 +128,7 @@ def _attend(
         return ops.by_operator(q, k, v, out, extra, Call(options))
     key = options if extra == (None, None) else (*options, attn_mask is None, seqused_k is None)
     run = ops.serve(
-        key, everything, (*options, None, None), Call(options), lambda o: prepare(q, k, v, out, o, *extra)
+        key, everything, options, Call(options), lambda o: prepare(q, k, v, out, o, *extra)
     )  # fmt: skip
     result = run(*everything)
     assert result is not None  # it was prepared for these very tensors

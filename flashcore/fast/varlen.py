@@ -16,7 +16,7 @@ from flashcore.launch import ops, shim
 from flashcore.launch.arguments import Options, check_packed, check_tensors
 from flashcore.launch.gradients import Call
 from flashcore.launch.launcher import Key, prepare_packed, recall
-from flashcore.launch.torch_private import dispatch_modes, functorch_is_active, is_plain
+from flashcore.launch.torch_private import functorch_is_active, is_plain
 
 __all__ = ["attention_varlen"]
 
@@ -75,15 +75,10 @@ def attention_varlen(
         result = shim.attend(q, k, v, out, cu_seqlens_q, cu_seqlens_k, *key)
         if result is not None:
             return result  # type: ignore[no-any-return]
-    if not (compiling or dispatch_modes() or forward_ad._current_level >= 0):
-        try:
-            entry = recall(key, q, k, v, out, cu_seqlens_q, cu_seqlens_k)
-        except (TypeError, AttributeError):  # an option without a hash, as a list; an argument that is no tensor
-            entry = None
-        if entry is not None:
-            result = entry.run(q, k, v, out, cu_seqlens_q, cu_seqlens_k)
-            if result is not None:
-                return result
+    if not compiling:
+        result = recall(key, q, k, v, out, cu_seqlens_q, cu_seqlens_k)
+        if result is not None:
+            return result
     return _attend(q, k, v, out, (cu_seqlens_q, cu_seqlens_k), (max_seqlen_q, max_seqlen_k), key)
 
 

@@ -54,7 +54,7 @@ extern __thread DispatchKeys thread_keys __asm__("_ZN3c104impl26raw_local_dispat
 /* -- entries ---------------------------------------------------------------------------------------------------- */
 
 enum {
-  OPTIONS = 11,    /* options of a call, compared by identity first */
+  OPTIONS = 11,    /* most options of a call, compared by identity first */
   GIVEN = 6,       /* q, k, v, out, and two more: mask and seqused_k, or cu_seqlens_q and cu_seqlens_k */
   OUT = 3,
   TENSORS = 7,     /* those and lse, which comes after out as in binding.TENSORS */
@@ -88,6 +88,7 @@ typedef struct Entry {
   struct Entry *next;
   unsigned bucket;
   int users, unlinked;      /* calls at work on it; freed by the last one when it is no longer in the table */
+  int n_options;
   PyObject *options[OPTIONS];
   int has_lse;
   int aligned;              /* whether q, k, v and out start at multiples of 16 bytes */
@@ -153,9 +154,10 @@ static unsigned bucket_of(const DLTensor *t) {
 static int looks_like(const DLTensor *t, const Look *look, const Entry *e) {
   if (t->ndim != look->ndim) return 0;
   if (t->ndim < 0) return 1;
-  size_t bytes = (size_t)t->ndim * sizeof *t->shape;
-  return !memcmp(t->shape, look->shape, bytes) && !memcmp(t->strides, look->strides, bytes)
-      && !memcmp(&t->dtype, &look->dtype, sizeof t->dtype) && !memcmp(&t->device, &e->device, sizeof e->device);
+  int64_t differ = 0;
+  for (int i = 0; i < t->ndim; i++) differ |= (t->shape[i] ^ look->shape[i]) | (t->strides[i] ^ look->strides[i]);
+  return !differ && !memcmp(&t->dtype, &look->dtype, sizeof t->dtype)
+      && !memcmp(&t->device, &e->device, sizeof e->device);
 }
 
 /* Options are mostly the very objects of the entry: defaults, True, False, interned strings. A scale or a window need not be. */
@@ -168,12 +170,12 @@ static int same_option(PyObject *a, PyObject *b) {
   return 0;
 }
 
-static Entry *find(const DLTensor *t, PyObject *const *options) {
+static Entry *find(const DLTensor *t, PyObject *const *options, int n_options) {
   for (Entry *e = buckets[bucket_of(t)]; e; e = e->next) {
     if (memcmp(&e->keys, &thread_keys, sizeof e->keys)) continue;
-    int same = 1;
+    int same = e->n_options == n_options;
     for (int i = 0; same && i < GIVEN; i++) same = looks_like(&t[i], &e->looks[i], e);
-    for (int i = 0; same && i < OPTIONS; i++) same = same_option(options[i], e->options[i]);
+    for (int i = 0; same && i < n_options; i++) same = same_option(options[i], e->options[i]);
     if (same) return e;
   }
   return NULL;
@@ -288,8 +290,8 @@ static void drop(Entry *e);
    serve. */
 static PyObject *attend(PyObject *module, PyObject *const *a, Py_ssize_t n) {
   (void)module;
-  if (n != GIVEN + OPTIONS) {
-    PyErr_SetString(PyExc_TypeError, "attend: expected q, k, v, out, two more tensors and the options");
+  if (n < GIVEN || n > GIVEN + OPTIONS) {
+    PyErr_SetString(PyExc_TypeError, "attend: expected q, k, v, out, two more tensors and options");
     return NULL;
   }
   DLTensor t[GIVEN];
@@ -297,7 +299,7 @@ static PyObject *attend(PyObject *module, PyObject *const *a, Py_ssize_t n) {
   if (!view_all(a, t)) Py_RETURN_NONE;
   for (int i = 0; i < GIVEN; i++)
     if (t[i].ndim >= 0) addresses[i <= OUT ? i : i + 1] = address_of(&t[i]);
-  Entry *e = find(t, a + GIVEN);
+  Entry *e = find(t, a + GIVEN, (int)n - GIVEN);
   if (!e || !addresses_fit(e, addresses) || !ordinary(e)) Py_RETURN_NONE;
 
   PyObject *out, *lse = NULL, *result = NULL;
@@ -436,7 +438,7 @@ static PyObject *add(PyObject *module, PyObject *args) {
                         &extra_aligned, &PyTuple_Type, &outputs, &context, &function, &launch_numbers, &attributes,
                         &block, &block_bytes, &offsets, &slots, &apply, &graph))
     return NULL;
-  if (PyTuple_GET_SIZE(tensors) != GIVEN || PyTuple_GET_SIZE(options) != OPTIONS || PyTuple_GET_SIZE(outputs) != 6
+  if (PyTuple_GET_SIZE(tensors) != GIVEN || PyTuple_GET_SIZE(options) > OPTIONS || PyTuple_GET_SIZE(outputs) != 6
       || block_bytes > MAX_BLOCK) {
     PyErr_SetString(PyExc_ValueError, "add: a tuple of the wrong length, or too many parameters");
     return NULL;
@@ -451,7 +453,8 @@ static PyObject *add(PyObject *module, PyObject *args) {
   e->context = (void *)(uintptr_t)context;
   e->function = (void *)(uintptr_t)function;
   e->block_bytes = (int)block_bytes;
-  for (int i = 0; i < OPTIONS; i++) e->options[i] = Py_NewRef(PyTuple_GET_ITEM(options, i));
+  e->n_options = (int)PyTuple_GET_SIZE(options);
+  for (int i = 0; i < e->n_options; i++) e->options[i] = Py_NewRef(PyTuple_GET_ITEM(options, i));
   PyObject **kept[] = {&e->out_size, &e->out_stride, &e->out_dtype, &e->lse_size, &e->lse_stride, &e->lse_dtype};
   for (int i = 0; i < 6; i++) *kept[i] = Py_NewRef(PyTuple_GET_ITEM(outputs, i));
   if (apply != Py_None) {

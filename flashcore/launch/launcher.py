@@ -19,6 +19,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from flashcore.core import target as targets
@@ -29,9 +30,7 @@ from flashcore.launch import cpu, packet, shim
 from flashcore.launch.arguments import (
     ALIGNMENT,
     Options,
-    check,
     check_overlap,
-    check_packed,
     lse_shape,
     output_shape,
     packed_problem_of,
@@ -40,7 +39,14 @@ from flashcore.launch.arguments import (
 from flashcore.launch.binding import TENSORS, Binding
 from flashcore.launch.packet import Launch, Packet
 from flashcore.launch.select import select
-from flashcore.launch.torch_private import Guard, current_device, empty_strided_cuda, guard, raw_stream
+from flashcore.launch.torch_private import (
+    Guard,
+    current_device,
+    dispatch_modes,
+    empty_strided_cuda,
+    guard,
+    raw_stream,
+)
 
 MAX_PLANS = 256
 MAX_GUARDS = 8  # entries for one set of options and shapes: strides, dtypes, devices, grad and autocast states
@@ -98,12 +104,21 @@ def find(key: Key, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, *extras:
     return None
 
 
-def recall(key: Key, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, *extras: Tensor | None) -> Entry | None:
-    """The entry for a call with more tensors than q, k, v and out."""
-    entry = recent.get(key) if out is None else recent_into.get(key)
-    if entry is not None and entry.guard(*present(q, k, v, out, *extras)):
-        return entry
-    return find(key, q, k, v, out, *extras)
+def recall(
+    key: Key, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, a: Tensor | None, b: Tensor | None
+) -> Result:
+    """What a call with more tensors than q, k, v and out gives; None where it was not seen before, or others have to
+    see it.
+    """
+    if dispatch_modes() or forward_ad._current_level >= 0:
+        return None
+    try:
+        entry = recent.get(key) if out is None else recent_into.get(key)
+        if entry is None or not entry.guard(*present(q, k, v, out, a, b)):
+            entry = find(key, q, k, v, out, a, b)
+    except (TypeError, AttributeError):  # an option without a hash, as a list; an argument that is no tensor
+        return None
+    return None if entry is None else entry.run(q, k, v, out, a, b)
 
 
 def present(*tensors: Tensor | None) -> list[Tensor]:
@@ -165,14 +180,13 @@ def prepare(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, options: Options, attn_mask: Tensor | None = None,
     seqused_k: Tensor | None = None,
 ) -> tuple[Run, Kernel | None]:
-    """Check a call on CUDA tensors and make what runs it, for tensors that look like these.
+    """Make what runs a call on CUDA tensors that `check` passed, for tensors that look like these.
 
     Returns what runs it, and the kernel that it launches, if any.
 
     Raises:
         As `attention` does.
     """
-    check(q, k, v, options, out, attn_mask, seqused_k)
     if options.backend == "reference":
         return _reference(options), None
     shape = output_shape(q, v)
@@ -192,8 +206,7 @@ def prepare_packed(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor,
     max_seqlen_q: int, max_seqlen_k: int, options: Options,
 ) -> tuple[Run, Kernel | None]:
-    """`prepare` for packed sequences."""
-    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, out)
+    """`prepare` for packed sequences, which `check_packed` has passed."""
     if options.backend == "reference":
         return _packed_reference(options, max_seqlen_q, max_seqlen_k), None
     shape = output_shape(q, v)

@@ -53,7 +53,9 @@ def _options(given: dict[str, Any]) -> Options:
 def _cuda(
     q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, seqused_k: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    run, _ = launcher.prepare(q, k, v, None, _options(options), attn_mask, seqused_k)
+    o = _options(options)
+    check(q, k, v, o, None, attn_mask, seqused_k)
+    run, _ = launcher.prepare(q, k, v, None, o, attn_mask, seqused_k)
     return _both(run(q, k, v, None, attn_mask, seqused_k), q)
 
 
@@ -61,7 +63,9 @@ def _cuda_out(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, attn_mask: Tensor | None = None, seqused_k: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    run, _ = launcher.prepare(q, k, v, out, _options(options), attn_mask, seqused_k)
+    o = _options(options)
+    check(q, k, v, o, out, attn_mask, seqused_k)
+    run, _ = launcher.prepare(q, k, v, out, o, attn_mask, seqused_k)
     return _both(run(q, k, v, out, attn_mask, seqused_k), q)[1]
 
 
@@ -156,8 +160,9 @@ def _packed_cuda(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
     max_seqlen_k: int, **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    lengths = cu_seqlens_q, cu_seqlens_k
-    run, _ = launcher.prepare_packed(q, k, v, None, *lengths, max_seqlen_q, max_seqlen_k, _options(options))
+    o, lengths = _options(options), (cu_seqlens_q, cu_seqlens_k)
+    check_packed(q, k, v, *lengths, max_seqlen_q, max_seqlen_k, o)
+    run, _ = launcher.prepare_packed(q, k, v, None, *lengths, max_seqlen_q, max_seqlen_k, o)
     return _both(run(q, k, v, None, *lengths), q)
 
 
@@ -165,8 +170,9 @@ def _packed_cuda_out(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
     max_seqlen_k: int, **options: Any,
 ) -> Tensor:
-    lengths = cu_seqlens_q, cu_seqlens_k
-    run, _ = launcher.prepare_packed(q, k, v, out, *lengths, max_seqlen_q, max_seqlen_k, _options(options))
+    o, lengths = _options(options), (cu_seqlens_q, cu_seqlens_k)
+    check_packed(q, k, v, *lengths, max_seqlen_q, max_seqlen_k, o, out)
+    run, _ = launcher.prepare_packed(q, k, v, out, *lengths, max_seqlen_q, max_seqlen_k, o)
     return _both(run(q, k, v, out, *lengths), q)[1]
 
 

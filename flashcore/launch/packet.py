@@ -22,7 +22,10 @@ from flashcore.launch.compiled import Compiled
 MAX_GRID_YZ = 65_535  # CUDA's limit for the second and third dimension of a grid
 MAX_TENSOR_MAPS = 64  # kept for each descriptor parameter; encoding one costs half a microsecond
 
-_FORMATS = {"i32": "<i", "i64": "<q", "fp32": "<f"}
+_FORMATS = {"i32": "i", "i64": "q", "fp32": "f"}
+_ADDRESS = "*"
+
+Encoder = Callable[[int], driver.TensorMap]
 
 
 class Packet(NamedTuple):
@@ -46,8 +49,10 @@ class Launch:
 
     __slots__ = ("call", "fill", "function", "loaded", "template", "tensors")
 
-    def __init__(self, binding: Binding, compiled: Compiled, loaded: driver.Loaded) -> None:
-        """Raises UnsupportedError when the grid passes CUDA's limit."""
+    def __init__(
+        self, binding: Binding, compiled: Compiled, loaded: driver.Loaded, expected: list[tuple[int, int]] | None
+    ) -> None:
+        """Raises UnsupportedError when the grid passes CUDA's limit; `expected` is what driver.parameters says."""
         if max(binding.grid[1:]) > MAX_GRID_YZ:
             grid = f"a grid of {binding.grid} blocks"
             raise UnsupportedError(f"{grid} passes CUDA's limit of {MAX_GRID_YZ} in its second or third dimension")
@@ -55,7 +60,7 @@ class Launch:
         self.function = loaded.function
         self.tensors = tuple(a.tensor for a in runtime(binding) if not isinstance(a, Scalar))
         template = Template(binding, compiled)
-        self.template: Template | None = template if template.fits(driver.parameters(loaded.function)) else None
+        self.template: Template | None = template if template.fits(expected) else None
         self.call: Callable[..., int]
         self.fill: Callable[..., Packet]
         if self.template is not None:
@@ -73,7 +78,7 @@ class Launch:
             driver.raise_for(status, "launching attention")
 
 
-_loaded: dict[tuple[Any, ...], tuple[Compiled, driver.Loaded]] = {}
+_loaded: dict[tuple[Any, ...], tuple[Compiled, driver.Loaded, list[tuple[int, int]] | None]] = {}
 
 
 def load(binding: Binding, device: int, arch: int, before_compiling: Callable[[], None] = lambda: None) -> Launch:
@@ -89,7 +94,7 @@ def load(binding: Binding, device: int, arch: int, before_compiling: Callable[[]
         loaded = driver.load(
             compiled.cubin, compiled.name, shared=compiled.shared, threads=compiled.threads, device=device
         )
-        _loaded[key] = (compiled, loaded)
+        _loaded[key] = (compiled, loaded, driver.parameters(loaded.function))
     return Launch(binding, *_loaded[key])
 
 
@@ -112,38 +117,22 @@ class Template:
     __slots__ = ("attributes", "block", "config", "offsets", "sizes", "slots")
 
     def __init__(self, binding: Binding, compiled: Compiled) -> None:
-        self.offsets: list[int] = []
-        self.sizes: list[int] = []
-        self.slots: list[tuple[int, Callable[[int], driver.TensorMap] | None]] = []
-        block = bytearray()
-
-        def put(value: bytes, alignment: int) -> int:
-            block.extend(bytes(-len(block) % alignment))
-            self.offsets.append(len(block))
-            self.sizes.append(len(value))
-            block.extend(value)
-            return self.offsets[-1]
-
-        def put_number(type: str, value: int | float) -> None:
-            packed = struct.pack(_FORMATS[type], value)
-            put(packed, len(packed))
-
+        arguments = runtime(binding)
+        layout = _layout(tuple([_kind(argument) for argument in arguments]))
+        self.offsets, self.sizes = layout.offsets, layout.sizes
         encodings = iter(compiled.descriptors)
-        for argument in runtime(binding):
+        encoders: list[Encoder | None] = []
+        numbers: list[int | float] = []
+        for argument in arguments:
             if isinstance(argument, Scalar):
-                put_number(argument.type, argument.value)
+                numbers.append(argument.value)
             elif isinstance(argument, Pointer):
-                self.slots.append((put(bytes(8), 8), None))
+                encoders.append(None)
             else:
-                offset = put(bytes(driver.TENSOR_MAP_BYTES), driver.TENSOR_MAP_ALIGNMENT)
-                self.slots.append((offset, _encoder(argument, next(encodings))))
-                for size in argument.shape:
-                    put_number("i32", size)
-                for stride in argument.strides:
-                    put_number("i64", stride)
-        for _ in ("global scratch", "profile scratch"):  # null: `compile_for` made sure that the kernel uses none
-            put_number("i64", 0)
-        self.block = bytes(block)
+                encoders.append(_encoder(argument, next(encodings)))
+                numbers += (*argument.shape, *argument.strides)
+        self.slots = list(zip(layout.tensors, encoders, strict=True))
+        self.block = layout.block.pack(*numbers)
 
         metadata = compiled.kernel.metadata
         attributes = driver.launch_attributes(
@@ -176,18 +165,67 @@ class Template:
         return Packet(ctypes.addressof(config), ctypes.addressof(parameters), (self, config, parameters, memory))
 
 
+class _Layout(NamedTuple):
+    """Where the parameters of a kernel lie, which follows from their kinds alone."""
+
+    offsets: list[int]
+    sizes: list[int]
+    tensors: list[int]  # of the offsets, those of tensors
+    block: struct.Struct  # packs the numbers, with zeros where a tensor goes
+
+
+@lru_cache(maxsize=256)
+def _layout(kinds: tuple[str | int, ...]) -> _Layout:
+    """`kinds` as `_kind` says; what it gives must not be changed."""
+    offsets: list[int] = []
+    sizes: list[int] = []
+    tensors: list[int] = []
+    codes, end = "<", 0
+
+    def put(code: str, size: int, alignment: int) -> int:
+        nonlocal codes, end
+        padding = -end % alignment
+        codes += f"{padding}x{code}"
+        offsets.append(end + padding)
+        sizes.append(size)
+        end += padding + size
+        return offsets[-1]
+
+    for kind in kinds:
+        if isinstance(kind, int):
+            maps = driver.TENSOR_MAP_BYTES
+            tensors.append(put(f"{maps}x", maps, driver.TENSOR_MAP_ALIGNMENT))
+            for code, size in [("i", 4)] * kind + [("q", 8)] * kind:  # its shape and strides
+                put(code, size, size)
+        elif kind == _ADDRESS:
+            tensors.append(put("8x", 8, 8))
+        else:
+            put(_FORMATS[kind], *[struct.calcsize("<" + _FORMATS[kind])] * 2)
+    for _ in ("global scratch", "profile scratch"):  # null: `compile_for` made sure that the kernel uses none
+        put("8x", 8, 8)
+    return _Layout(offsets, sizes, tensors, struct.Struct(codes))
+
+
+def _kind(argument: Pointer | Tma | Scalar) -> str | int:
+    """A number's type, `_ADDRESS`, or a descriptor's rank."""
+    if isinstance(argument, Scalar):
+        return argument.type
+    return _ADDRESS if isinstance(argument, Pointer) else len(argument.shape)
+
+
 def runtime(binding: Binding) -> list[Pointer | Tma | Scalar]:
     """What is passed when the kernel runs, in the order of its parameters."""
     return [binding.args[name] for name in binding.fn.arg_names if name in binding.args]
 
 
-def _encoder(argument: Tma, encoding: dict[str, Any]) -> Callable[[int], driver.TensorMap]:
+def _encoder(argument: Tma, encoding: dict[str, Any]) -> Encoder:
     # A descriptor holds address, shape, strides and box only: whatever tensor is at the address, it stays right.
     @lru_cache(maxsize=MAX_TENSOR_MAPS)
     def encode(address: int) -> driver.TensorMap:
         return driver.TensorMap(
-            address + argument.offset, argument.dtype, argument.shape, argument.strides, encoding["block_size"], encoding["swizzle"]
-        )
+            address + argument.offset, argument.dtype, argument.shape, argument.strides, encoding["block_size"],
+            encoding["swizzle"],
+        )  # fmt: skip
 
     return encode
 

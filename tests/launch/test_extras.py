@@ -95,7 +95,6 @@ def unexpected(monkeypatch: Any, module: Any) -> None:
     monkeypatch.setattr(module, "_attend", refuse)
     if shim.attend is not None:
         monkeypatch.setattr(module, "recall", refuse)
-        monkeypatch.setattr(launcher, "find", refuse)
         if module is attention_production:
             monkeypatch.setattr(module, "find", refuse)
 
@@ -263,7 +262,7 @@ def test_the_shim_replaces_its_oldest_calls(gpu):
     attention(*first)
     for length in range(1, 520):
         attention(*(make(1, 1, length, 8) for _ in range(3)))
-    asked = (None, None, False, None, False, "bhsd", None, (-1, -1), 0.0, None, None)
+    asked = (None, None, False, None, False, "bhsd", None, (-1, -1), 0.0)
     assert shim.attend(*first, None, None, None, *asked) is None
     recent = [make(1, 1, 519, 8, seed=i) for i in range(3)]
     expect(shim.attend(*recent, None, None, None, *asked), *recent)

@@ -73,7 +73,7 @@ def test_two_lengths_share_one_compilation_and_two_flags_do_not():
 def test_a_grid_that_cuda_refuses_is_refused_before():
     binding = Binding(SimpleNamespace(arg_names=[]), False, (1, 70_000, 1), {}, {}, {})
     with pytest.raises(UnsupportedError, match="70000"):
-        packet.Launch(binding, SimpleNamespace(), driver.Loaded(1, 2, 3, 4))
+        packet.Launch(binding, SimpleNamespace(), driver.Loaded(1, 2, 3, 4), None)
 
 
 def test_the_driver_structures_have_the_sizes_of_cuda_h():
