@@ -105,7 +105,7 @@ typedef struct Entry {
   uint16_t offsets[MAX_PARAMETERS];
   uint8_t *block;
   PyObject *out_size, *out_stride, *out_dtype, *lse_size, *lse_stride, *lse_dtype;
-  PyObject *apply, *graph;  /* apply(q, k, v, extra, extra, graph) is the call with gradients; NULL = not known */
+  PyObject *apply;          /* apply(q, k, v, extra, extra) is the call with gradients; NULL = not known */
 } Entry;
 
 static Entry *buckets[BUCKETS];
@@ -116,7 +116,7 @@ static int oldest;
 
 static const DLExchange *exchange;
 static PyTypeObject *tensor_type, *parameter_type;
-static PyObject *empty_strided, *forward_ad, *name_level, *name_requires_grad, *name_address;
+static PyObject *empty_strided, *forward_ad, *name_level, *name_requires_grad, *name_address, *name_save, *name_materialize;
 static _Bool (*grad_mode)(void);
 static int (*get_context)(void **);
 static int (*launch_kernel)(const LaunchConfig *, void *, void **, void **);
@@ -286,6 +286,24 @@ static int launch(Entry *e, const uintptr_t *addresses) {
 
 static void drop(Entry *e);
 
+static void leave(Entry *e) {
+  if (--e->users == 0 && e->unlinked) drop(e);
+}
+
+/* Launch `e` into *out, or a new tensor where that is NULL, and into a new *lse where the entry has one. Gives references
+   to both, also where it fails. */
+static int compute(Entry *e, uintptr_t *addresses, PyObject **out, PyObject **lse) {
+  *out = *out ? Py_NewRef(*out) : allocate(e->out_size, e->out_stride, e->out_dtype, &addresses[OUT]);
+  if (!*out) return -1;
+  if (e->has_lse && !(*lse = allocate(e->lse_size, e->lse_stride, e->lse_dtype, &addresses[OUT + 1]))) return -1;
+  return launch(e, addresses);
+}
+
+static void read_addresses(const DLTensor *t, uintptr_t *addresses) {
+  for (int i = 0; i < GIVEN; i++)
+    if (t[i].ndim >= 0) addresses[i <= OUT ? i : i + 1] = address_of(&t[i]);
+}
+
 /* attend(q, k, v, out, extra, extra, *options) -> what attention() returns, or None where the Python path has to
    serve. */
 static PyObject *attend(PyObject *module, PyObject *const *a, Py_ssize_t n) {
@@ -297,27 +315,79 @@ static PyObject *attend(PyObject *module, PyObject *const *a, Py_ssize_t n) {
   DLTensor t[GIVEN];
   uintptr_t addresses[TENSORS] = {0};
   if (!view_all(a, t)) Py_RETURN_NONE;
-  for (int i = 0; i < GIVEN; i++)
-    if (t[i].ndim >= 0) addresses[i <= OUT ? i : i + 1] = address_of(&t[i]);
+  read_addresses(t, addresses);
   Entry *e = find(t, a + GIVEN, (int)n - GIVEN);
   if (!e || !addresses_fit(e, addresses) || !ordinary(e)) Py_RETURN_NONE;
 
   PyObject *out, *lse = NULL, *result = NULL;
   e->users++; /* what follows may let other threads run */
   if (needs_gradient(a)) {
-    PyObject *arguments[] = {a[0], a[1], a[2], a[OUT + 1], a[OUT + 2], e->graph};
-    result = e->apply && a[OUT] == Py_None ? PyObject_Vectorcall(e->apply, arguments, 6, NULL) : Py_NewRef(Py_None);
+    PyObject *arguments[] = {a[0], a[1], a[2], a[OUT + 1], a[OUT + 2]};
+    size_t count = a[OUT + 1] == Py_None && a[OUT + 2] == Py_None ? 3 : 5;
+    PyObject *apply = a[OUT] == Py_None ? Py_XNewRef(e->apply) : NULL;
+    result = apply ? PyObject_Vectorcall(apply, arguments, count, NULL) : Py_NewRef(Py_None);
+    Py_XDECREF(apply);
   } else {
-    int has_out = a[OUT] != Py_None;
-    out = has_out ? Py_NewRef(a[OUT]) : allocate(e->out_size, e->out_stride, e->out_dtype, &addresses[OUT]);
-    if (out && e->has_lse) lse = allocate(e->lse_size, e->lse_stride, e->lse_dtype, &addresses[OUT + 1]);
-    if (out && (lse || !e->has_lse) && !launch(e, addresses))
-      result = e->has_lse ? PyTuple_Pack(2, out, lse) : Py_NewRef(out);
+    out = a[OUT] == Py_None ? NULL : a[OUT];
+    if (!compute(e, addresses, &out, &lse)) result = lse ? PyTuple_Pack(2, out, lse) : Py_NewRef(out);
     Py_XDECREF(out);
     Py_XDECREF(lse);
   }
-  if (--e->users == 0 && e->unlinked) drop(e);
+  leave(e);
   return result;
+}
+
+/* -- the forward pass of an autograd.Function --------------------------------------------------------------------- */
+
+static void leave_handle(PyObject *handle) { leave(PyCapsule_GetPointer(handle, "entry")); }
+
+/* forward(ctx, q, k, v[, extra, extra]), made by forward_of. */
+static PyObject *forward(PyObject *self, PyObject *const *a, Py_ssize_t n) {
+  Entry *e = PyCapsule_GetPointer(PyTuple_GET_ITEM(self, 0), "entry");
+  PyObject *otherwise = PyTuple_GET_ITEM(self, 1);
+  int keeps = PyTuple_GET_ITEM(self, 2) == Py_True, gives_lse = PyTuple_GET_ITEM(self, 3) == Py_True;
+  if (n != 4 && n != 6) return PyObject_Vectorcall(otherwise, a, (size_t)n, NULL);
+  PyObject *given[GIVEN] = {a[1], a[2], a[3], Py_None, n == 6 ? a[4] : Py_None, n == 6 ? a[5] : Py_None};
+  DLTensor t[GIVEN];
+  uintptr_t addresses[TENSORS] = {0};
+  int same = view_all(given, t);
+  for (int i = 0; same && i < GIVEN; i++) same = looks_like(&t[i], &e->looks[i], e);
+  if (same) read_addresses(t, addresses);
+  if (!same || memcmp(&e->keys, &thread_keys, sizeof e->keys) || !addresses_fit(e, addresses) || !ordinary(e))
+    return PyObject_Vectorcall(otherwise, a, (size_t)n, NULL);
+
+  PyObject *out = NULL, *lse = NULL, *result = NULL, *done = NULL;
+  if (!compute(e, addresses, &out, &lse)) {
+    PyObject *kept[] = {a[0], given[0], given[1], given[2], given[4], given[5], out, lse};
+    PyObject *off[] = {a[0], Py_False};
+    done = PyObject_VectorcallMethod(name_save, kept, keeps ? 8 : 6, NULL);
+    if (done && gives_lse) {
+      Py_DECREF(done);
+      done = PyObject_VectorcallMethod(name_materialize, off, 2, NULL);
+    }
+    if (done) result = gives_lse ? PyTuple_Pack(2, out, lse) : Py_NewRef(out);
+  }
+  Py_XDECREF(done);
+  Py_XDECREF(out);
+  Py_XDECREF(lse);
+  return result;
+}
+
+static PyMethodDef forward_definition = {"forward", (PyCFunction)(void *)forward, METH_FASTCALL, NULL};
+
+/* forward_of(handle of `add`, otherwise, keeps, gives_lse) -> forward of a Function. It saves q, k, v, both extra tensors
+   and, where it keeps them, the output and lse, and gives the output, or (output, lse). Tensors that do not look like
+   the entry's go to otherwise(ctx, q, k, v[, extra, extra]). */
+static PyObject *forward_of(PyObject *module, PyObject *args) {
+  (void)module;
+  PyObject *handle, *otherwise, *keeps, *gives_lse;
+  if (!PyArg_ParseTuple(args, "OOO!O!", &handle, &otherwise, &PyBool_Type, &keeps, &PyBool_Type, &gives_lse)) return NULL;
+  if (!PyCapsule_IsValid(handle, "entry")) {
+    PyErr_SetString(PyExc_ValueError, "forward_of: expected what add gave");
+    return NULL;
+  }
+  PyObject *function = PyCFunction_New(&forward_definition, args);
+  return function;
 }
 
 /* -- adding and removing entries ---------------------------------------------------------------------------------- */
@@ -329,7 +399,7 @@ static void drop(Entry *e) {
     PyMem_Free(e->slots[i].maps);
   }
   PyObject *owned[] = {e->out_size, e->out_stride, e->out_dtype, e->lse_size,
-                       e->lse_stride, e->lse_dtype, e->apply, e->graph};
+                       e->lse_stride, e->lse_dtype, e->apply};
   for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) Py_XDECREF(owned[i]);
   PyMem_Free(e->block);
   PyMem_Free(e);
@@ -343,7 +413,9 @@ static void retire(int age) {
   while (*at != e) at = &(*at)->next;
   *at = e->next;
   e->unlinked = 1;
-  if (!e->users) drop(e);
+  e->users++;
+  Py_CLEAR(e->apply); /* which may hold the entry by its handle */
+  leave(e);
 }
 
 static PyObject *forget(PyObject *module, PyObject *unused) {
@@ -423,20 +495,19 @@ static void look_at(Entry *e, int i, const DLTensor *t) {
 }
 
 /* add(tensors, options, aligned, extra_aligned, outputs, context, function, (gx, gy, gz, threads, shared), attributes,
-       block, offsets, slots, apply, graph): serve calls that look like this one from now on. `tensors` is (q, k, v, out,
-   extra, extra), None = left out; `outputs` is (size, stride, dtype, lse size or None, lse stride, lse dtype); `slots`
-   has (offset in the block or -1, encoder or None) for q, k, v, out, lse, extra, extra; `apply` is None where no
-   gradient is known. */
+       block, offsets, slots) -> handle for forward_of and set_apply, or None: serve calls that look like this one from now
+   on. `tensors` is (q, k, v, out, extra, extra), None = left out; `outputs` is (size, stride, dtype, lse size or None, lse stride, lse dtype); `slots`
+   has (offset in the block or -1, encoder or None) for q, k, v, out, lse, extra, extra. */
 static PyObject *add(PyObject *module, PyObject *args) {
   (void)module;
-  PyObject *tensors, *options, *outputs, *launch_numbers, *attributes, *offsets, *slots, *apply, *graph;
+  PyObject *tensors, *options, *outputs, *launch_numbers, *attributes, *offsets, *slots;
   unsigned long long context, function;
   const char *block;
   Py_ssize_t block_bytes;
   int aligned, extra_aligned;
-  if (!PyArg_ParseTuple(args, "O!O!piO!KKOOy#OOOO", &PyTuple_Type, &tensors, &PyTuple_Type, &options, &aligned,
+  if (!PyArg_ParseTuple(args, "O!O!piO!KKOOy#OO", &PyTuple_Type, &tensors, &PyTuple_Type, &options, &aligned,
                         &extra_aligned, &PyTuple_Type, &outputs, &context, &function, &launch_numbers, &attributes,
-                        &block, &block_bytes, &offsets, &slots, &apply, &graph))
+                        &block, &block_bytes, &offsets, &slots))
     return NULL;
   if (PyTuple_GET_SIZE(tensors) != GIVEN || PyTuple_GET_SIZE(options) > OPTIONS || PyTuple_GET_SIZE(outputs) != 6
       || block_bytes > MAX_BLOCK) {
@@ -444,7 +515,7 @@ static PyObject *add(PyObject *module, PyObject *args) {
     return NULL;
   }
   DLTensor t[GIVEN];
-  if (!view_all(&PyTuple_GET_ITEM(tensors, 0), t)) Py_RETURN_FALSE;
+  if (!view_all(&PyTuple_GET_ITEM(tensors, 0), t)) Py_RETURN_NONE;
   Entry *e = PyMem_Calloc(1, sizeof *e);
   if (!e) return PyErr_NoMemory();
   e->aligned = aligned;
@@ -457,10 +528,6 @@ static PyObject *add(PyObject *module, PyObject *args) {
   for (int i = 0; i < e->n_options; i++) e->options[i] = Py_NewRef(PyTuple_GET_ITEM(options, i));
   PyObject **kept[] = {&e->out_size, &e->out_stride, &e->out_dtype, &e->lse_size, &e->lse_stride, &e->lse_dtype};
   for (int i = 0; i < 6; i++) *kept[i] = Py_NewRef(PyTuple_GET_ITEM(outputs, i));
-  if (apply != Py_None) {
-    e->apply = Py_NewRef(apply);
-    e->graph = Py_NewRef(graph);
-  }
   e->has_lse = e->lse_size != Py_None;
   for (int i = 0; i < GIVEN; i++) look_at(e, i, &t[i]);
   e->device = t[0].device;
@@ -480,7 +547,20 @@ static PyObject *add(PyObject *module, PyObject *args) {
   e->bucket = bucket_of(t);
   e->next = buckets[e->bucket];
   buckets[e->bucket] = e;
-  Py_RETURN_TRUE;
+  PyObject *handle = PyCapsule_New(e, "entry", leave_handle);
+  if (handle) e->users++;
+  return handle;
+}
+
+/* set_apply(handle, apply): apply(q, k, v[, extra, extra]) serves the calls of this entry that need gradients. */
+static PyObject *set_apply(PyObject *module, PyObject *args) {
+  (void)module;
+  PyObject *handle, *apply;
+  if (!PyArg_ParseTuple(args, "OO", &handle, &apply)) return NULL;
+  Entry *e = PyCapsule_GetPointer(handle, "entry");
+  if (!e) return NULL;
+  if (!e->unlinked) Py_XSETREF(e->apply, Py_NewRef(apply));
+  Py_RETURN_NONE;
 }
 
 /* setup(exchange capsule, Tensor, Parameter, empty_strided, forward_ad module, grad mode, cuCtxGetCurrent,
@@ -506,16 +586,20 @@ static PyObject *setup(PyObject *module, PyObject *args) {
   name_level = PyUnicode_InternFromString("_current_level");
   name_requires_grad = PyUnicode_InternFromString("requires_grad");
   name_address = PyUnicode_InternFromString("address");
+  name_save = PyUnicode_InternFromString("save_for_backward");
+  name_materialize = PyUnicode_InternFromString("set_materialize_grads");
   grad_mode = (_Bool(*)(void))(uintptr_t)mode;
   get_context = (int (*)(void **))(uintptr_t)context;
   launch_kernel = (int (*)(const LaunchConfig *, void *, void **, void **))(uintptr_t)kernel;
-  if (!name_level || !name_requires_grad || !name_address) return NULL;
+  if (!name_level || !name_requires_grad || !name_address || !name_save || !name_materialize) return NULL;
   Py_RETURN_NONE;
 }
 
 static PyMethodDef methods[] = {
     {"attend", (PyCFunction)(void *)attend, METH_FASTCALL, NULL},
     {"add", add, METH_VARARGS, NULL},
+    {"forward_of", forward_of, METH_VARARGS, NULL},
+    {"set_apply", set_apply, METH_VARARGS, NULL},
     {"forget", forget, METH_NOARGS, NULL},
     {"setup", setup, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},

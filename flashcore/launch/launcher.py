@@ -141,21 +141,17 @@ def remember(key: Key, tensors: Given, run: Run) -> None:
         _latest(key, out, entry)
 
 
-def remember_compiled(
-    tensors: Given, options: Key, kernel: Kernel | None, apply: Callable[..., Any] | None = None, graph: Any = None
-) -> None:
+def remember_compiled(tensors: Given, options: Key, kernel: Kernel | None) -> shim.Entry | None:
     """Let the compiled shim, where there is one, launch `kernel` for calls that look like this one.
 
-    Args:
-        options: what the shim is called with after the tensors.
-        apply: apply(q, k, v, extra, extra, graph) serves such a call where it needs gradients.
+    `options` are what the shim is called with after the tensors.
     """
-    if kernel is not None and shim.load():
-        shim.add(
-            tensors, options, kernel.plan.launch, kernel.problem, shape=kernel.shape,
-            strides=_contiguous(kernel.shape), rows=kernel.rows, row_strides=_contiguous(kernel.rows or ()),
-            apply=apply, graph=graph,
-        )  # fmt: skip
+    if kernel is None or not shim.load():
+        return None
+    return shim.add(
+        tensors, options, kernel.plan.launch, kernel.problem, shape=kernel.shape, strides=_contiguous(kernel.shape),
+        rows=kernel.rows, row_strides=_contiguous(kernel.rows or ()),
+    )  # fmt: skip
 
 
 def _latest(key: Key, out: Tensor | None, entry: Entry) -> None:

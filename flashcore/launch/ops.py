@@ -8,7 +8,7 @@ writes into `out`. Both return a log-sum-exp, an empty tensor where none was ask
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -227,37 +227,23 @@ def serve(
         prepare: gives what runs the call with these options.
     """
     run, kernel = prepare(call.options)
-    apply = graph = None
+    entry = launcher.remember_compiled(given, asked, kernel)
     if any(t is not None and t.requires_grad for t in given):
         q, k, v, out, *extra = given
         how = gradients.route(call, q, k, v, (extra[0], extra[1])) if out is None else None
-        inner, inner_asked = run, asked
+        inner, inner_entry = run, entry
         if how is not None and not call.options.return_lse:
             inner, with_lse = prepare(call.options._replace(return_lse=True))
-            inner_asked = (*asked[:4], True, *asked[5:])
-            launcher.remember_compiled(given, inner_asked, with_lse)
-        graph = Graph(_compiled_first(inner, inner_asked), call, how)
-        run = _with_gradients(run, graph)
-        apply = differentiable
-    launcher.remember_compiled(given, asked, kernel, apply, graph)
+            inner_entry = launcher.remember_compiled(given, (*asked[:4], True, *asked[5:]), with_lse)
+        apply = _graph(inner, inner_entry, call, how)
+        if entry is not None and inner_entry is not None:
+            shim.differentiate(entry, apply)
+        run = _with_gradients(run, apply)
     launcher.remember(key, given, run)
     return run
 
 
-def _compiled_first(run: launcher.Run, asked: launcher.Key) -> launcher.Run:
-    """`run` by way of the compiled shim where that can serve the call."""
-
-    def call(q: Tensor, k: Tensor, v: Tensor, out: None, a: Tensor | None, b: Tensor | None) -> Any:
-        if shim.attend is not None:
-            result = shim.attend(q, k, v, None, a, b, *asked)
-            if result is not None:
-                return result
-        return run(q, k, v, None, a, b)
-
-    return call
-
-
-def _with_gradients(run: launcher.Run, graph: Graph) -> launcher.Run:
+def _with_gradients(run: launcher.Run, apply: Callable[..., Any]) -> launcher.Run:
     """`run` for tensors of which one requires grad, whatever the grad mode is when it is called."""
 
     def call(
@@ -267,44 +253,39 @@ def _with_gradients(run: launcher.Run, graph: Graph) -> launcher.Run:
             return run(q, k, v, out, a, b)
         if out is not None:
             return None  # refused by what looks at the call next
-        return differentiable(q, k, v, a, b, graph)
+        return apply(q, k, v, a, b)
 
     return call
 
 
-class Graph(NamedTuple):
-    """How a call of eager mode that needs gradients is computed, and what they are computed from."""
-
-    run: Callable[..., Any]  # (q, k, v, None, *extra) -> the output, with lse where `how` or the caller wants it
-    call: gradients.Call
-    how: str | None  # as gradients.route says
-
-
-class Differentiable(torch.autograd.Function):
-    """A call of inputs that require grad, in eager mode.
+def _graph(
+    run: launcher.Run, entry: shim.Entry | None, call: gradients.Call, how: str | None
+) -> Callable[..., Any]:
+    """apply(q, k, v[, extra, extra]) of an autograd.Function for calls that look like one seen before.
 
     The operators have the same gradients registered but take longer to get there.
+
+    Args:
+        run: computes the call, with lse where `how` or the caller wants it.
+        entry: the same in the compiled shim, if it serves it.
+        how: what gradients.route says.
     """
+    gives_lse, keeps = call.options.return_lse, how is not None
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, a: Tensor | None, b: Tensor | None, graph: Graph) -> Any:
-        ctx.graph = graph
-        result = graph.run(q, k, v, None, a, b)
-        if graph.how is None:
-            ctx.save_for_backward(q, k, v, a, b)
-        else:
-            ctx.save_for_backward(q, k, v, a, b, *result)
-        if graph.call.options.return_lse:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Any:
+        result: Any = run(q, k, v, None, a, b)
+        ctx.save_for_backward(q, k, v, a, b, *(result if keeps else ()))
+        if gives_lse:
             ctx.set_materialize_grads(False)
-            return result
-        return result if graph.how is None else result[0]
+        return result[0] if keeps and not gives_lse else result
 
-    @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        return (*_backward(ctx, ctx.graph.call, ctx.graph.how, grad_out, grad_lse), None, None)
+        found = (*_backward(ctx, call, how, grad_out, grad_lse), None)
+        return found[: len(ctx.needs_input_grad)]
 
-
-differentiable: Callable[..., Any] = apply_function(Differentiable)  # (q, k, v, extra, extra, Graph)
+    compiled = None if entry is None else shim.forward(entry, forward, keeps=keeps, gives_lse=gives_lse)
+    methods = {"forward": staticmethod(compiled or forward), "backward": staticmethod(backward)}
+    return apply_function(type("Attention", (torch.autograd.Function,), methods))
 
 
 class Transformable(torch.autograd.Function):

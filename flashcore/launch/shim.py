@@ -32,6 +32,7 @@ _EXTRA = (("mask", "seqused_k"), ("cu_seqlens_q", "cu_seqlens_k"))  # of dense t
 # (q, k, v, out, extra, extra, *options) -> result or None; None while there is no shim. The extra tensors are attn_mask
 # and seqused_k, or cu_seqlens_q and cu_seqlens_k.
 attend: Callable[..., Any] | None = None
+Entry = Any  # a call that the shim serves: a capsule
 _module: Any = None  # once it is built and set up
 _off = False  # inside `disabled`
 _failure: str | None = None  # why the last attempt to load it failed
@@ -75,17 +76,15 @@ def load() -> bool:
 def add(
     tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], launch: Launch, problem: Problem, *,
     shape: tuple[int, ...], strides: tuple[int, ...], rows: tuple[int, ...] | None, row_strides: tuple[int, ...],
-    apply: Callable[..., Any] | None = None, graph: Any = None,
-) -> None:
-    """Let the shim serve calls that look like this one.
+) -> Entry | None:
+    """Let the shim serve calls that look like this one: `tensors` is (q, k, v, out, extra, extra), None = left out.
 
-    Args:
-        tensors: (q, k, v, out, extra, extra), None where one was left out.
-        apply: apply(q, k, v, extra, extra, graph) serves such a call where it needs gradients.
+    Returns:
+        The entry for `forward` and `differentiate`, None where there is none.
     """
     template = launch.template
     if _module is None or template is None:
-        return
+        return None
     places = dict(zip(launch.tensors, template.slots, strict=True))
     names = ("q", "k", "v", "o", "lse", *_EXTRA[problem.packed is not None])
     slots = tuple(places.get(name, (-1, None)) for name in names)
@@ -93,10 +92,25 @@ def add(
     numbers = (*config.grid, config.block[0], config.shared)
     outputs = (shape, strides, problem.dtype, rows, row_strides, torch.float32)
     mask_aligned = -1 if problem.mask is None else int(problem.mask.aligned)
-    _module.add(
+    return _module.add(
         tensors, options, problem.aligned, mask_aligned, outputs, launch.loaded.context, launch.function, numbers,
-        bytes(template.attributes), template.block, tuple(template.offsets), slots, apply, graph,
+        bytes(template.attributes), template.block, tuple(template.offsets), slots,
     )  # fmt: skip
+
+
+def forward(entry: Entry, otherwise: Callable[..., Any], *, keeps: bool, gives_lse: bool) -> Callable[..., Any]:
+    """The forward of an autograd.Function that launches what `entry` does.
+
+    It saves q, k, v, two more tensors or None and, where it `keeps` them, the output and lse. Calls that do not look
+    like the entry's go to otherwise(ctx, q, k, v[, extra, extra]).
+    """
+    made: Callable[..., Any] = _module.forward_of(entry, otherwise, keeps, gives_lse)
+    return made
+
+
+def differentiate(entry: Entry, apply: Callable[..., Any]) -> None:
+    """Let apply(q, k, v[, extra, extra]) serve those calls of `entry` that need gradients."""
+    _module.set_apply(entry, apply)
 
 
 def forget() -> None:

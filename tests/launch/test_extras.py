@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from typing import Any
 
@@ -207,7 +208,7 @@ def test_a_call_with_gradients_goes_its_own_path(gpu, monkeypatch, how, return_l
 
 
 def test_documented_functions_serve_as_well(gpu, documented, monkeypatch):
-    monkeypatch.setattr(ops, "differentiable", ops.Differentiable.apply)
+    monkeypatch.setattr(ops, "apply_function", lambda function: function.apply)
     q, k, v = qkv()
     mask = MASK.clone().requires_grad_()
     for _ in range(2):
@@ -221,8 +222,8 @@ def test_documented_functions_serve_as_well(gpu, documented, monkeypatch):
 def test_a_torch_whose_function_class_changed_is_served_by_its_documented_apply(monkeypatch):
     from flashcore.launch import torch_private
 
-    apply = torch_private.apply_function(ops.Differentiable)
-    assert apply is not ops.Differentiable.apply and "builtin" in type(apply).__name__  # past the wrapper
+    apply = torch_private.apply_function(ops.Transformable)
+    assert "builtin" in type(apply).__name__ and apply != ops.Transformable.apply  # past the wrapper
 
     class Moved:
         @classmethod
@@ -394,3 +395,25 @@ def test_packed_threads(gpu):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_what_serves_gradients_goes_with_the_plans(gpu):
+    def functions() -> int:
+        gpu.allocated.clear()
+        gc.collect()
+        return sum(function.__name__ == "Attention" for function in torch.autograd.Function.__subclasses__())
+
+    before = functions()
+    for length in (8, 16, 24):
+        q = make(1, 2, length, 16).requires_grad_()
+        for _ in range(2):
+            out = attention(q, q, q)
+    assert functions() == before + 3
+    launcher.forget()
+    expect(attention(q, q, q), q, q, q)
+    launcher.forget()
+    assert functions() == before + 1  # that of `out`
+    out.sum().backward()
+    assert q.grad is not None and q.grad.any()
+    del out
+    assert functions() == before

@@ -171,7 +171,7 @@ def test_the_shim_raises_what_an_encoder_raises(native, monkeypatch):
     outputs = ((1, 1, 8, 8), (64, 64, 8, 1), torch.float16, None, (), torch.float32)
     tensors = (q, k, v, out, None, None)
     launch = (0, 1, (1, 1, 1, 32, 0), b"", bytes(128), (0,), slots)
-    assert native.add(tensors, options, True, -1, outputs, *launch, None, None)
+    assert native.add(tensors, options, True, -1, outputs, *launch)
     try:
         with pytest.raises(ValueError, match="no descriptor"):
             native.attend(*tensors, *options)
