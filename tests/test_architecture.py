@@ -255,7 +255,8 @@ def test_all_names_what_exists(file: str) -> None:
 def test_exports() -> None:
     import flashcore
 
-    assert flashcore.__all__ == ["UnsupportedError", "__version__", "attention", "attention_varlen", "explain", "warmup"]
+    names = ["UnsupportedError", "__version__", "attention", "attention_varlen", "explain", "warmup"]
+    assert flashcore.__all__ == names
     assert set(flashcore.__all__) <= set(dir(flashcore))
     for name in flashcore.__all__:
         assert getattr(flashcore, name) is not None

@@ -10,6 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from flashcore.core.problem import Problem
+
 LOG2E = 1.4426950408889634
 
 # What a kernel may be given the address of, in the order in which the launcher keeps addresses.
@@ -69,3 +73,33 @@ def qk_scale(scale: float) -> float:
     scale of 2^-100 weighs every key alike, exactly as 0 does.
     """
     return max(abs(scale) * LOG2E, 2.0**-100)
+
+
+def score_scalars(problem: Problem, scale: float) -> dict[str, Scalar]:
+    """What kernels turn q.k into logits with, by parameter name.
+
+    qk_scale is in units of log2, as exp2's argument is. A bias is in units of e, so that with one qk_scale is, too.
+    cap * tanh(x) is computed from exp2(2 log2(e) x), x being the scaled score over cap.
+    """
+    unit, scalars = 1.0, {}
+    if problem.softcap:
+        unit, scalars["cap"] = 2 / problem.softcap, Scalar("fp32", problem.softcap)
+    elif problem.mask is not None and problem.mask.dtype != torch.bool:
+        unit = 1 / LOG2E
+    scalars["qk_scale"] = Scalar("fp32", qk_scale(scale) * unit)
+    if problem.window != (-1, -1):
+        # As many keys as a sequence has are all there can be to the left of a row's diagonal, as many as it has rows
+        # to the right.
+        left, right = problem.bounds
+        scalars["left"] = Scalar("i32", problem.seqlen_k if left is None else min(left, problem.seqlen_k))
+        scalars["right"] = Scalar("i32", problem.seqlen_q if right is None else min(right, problem.seqlen_q))
+    return scalars
+
+
+def length_pointers(problem: Problem) -> dict[str, Pointer | Scalar]:
+    """The lengths that live on the device, and what they are held against, by parameter name."""
+    if problem.packed is not None:
+        total_q, total_k = problem.packed
+        found: dict[str, Pointer | Scalar] = {n: Pointer(n, "*i32", False) for n in ("cu_seqlens_q", "cu_seqlens_k")}
+        return found | {"total_q": Scalar("i32", total_q), "total_k": Scalar("i32", total_k)}
+    return {"seqused_k": Pointer("seqused_k", "*i32", False)} if problem.seqused_k else {}

@@ -37,6 +37,16 @@ def _elements(p: Problem, max_head_dim: int) -> list[str]:
     return why
 
 
+def _options(p: Problem) -> list[str]:
+    why: list[str] = []
+    if p.mask is not None and p.mask.dtype not in (torch.bool, torch.float16, torch.bfloat16, torch.float32):
+        name = str(p.mask.dtype).removeprefix("torch.")
+        why.append(f"it reads masks of bool, float16, bfloat16 and float32, not {name}")
+    if p.window != (-1, -1) and max(p.seqlen_q, p.seqlen_k) > MAX_LENGTH // 2:
+        why.append(f"it computes at most {MAX_LENGTH // 2:,} rows and keys a sequence with a window")
+    return why
+
+
 def _portable(p: Problem, target: Target) -> list[str]:
     why: list[str] = []
     if target.arch < 80:
@@ -50,6 +60,7 @@ def _portable(p: Problem, target: Target) -> list[str]:
         why.append(f"it computes at most {longest:,} query rows a sequence here, not {p.seqlen_q:,}")
     if p.seqlen_k > MAX_LENGTH:
         why.append(f"it reads at most {MAX_LENGTH:,} keys a sequence, not {p.seqlen_k:,}")
+    why += _options(p)
     return why
 
 
@@ -78,10 +89,9 @@ def _hopper(p: Problem, target: Target) -> list[str]:
         used = [s for size, s in zip(sizes, strides, strict=True) if size > 1]
         if any(s <= 0 or s % 8 or s >= 2**39 for s in used):
             why.append(f"TMA wants positive strides that are multiples of 16 bytes, {name} has {strides}")
+    why += _options(p)
     if p.mask is not None:
-        why += _hopper_mask(p, p.mask)
-    if p.window != (-1, -1) and max(p.seqlen_q, p.seqlen_k) > MAX_LENGTH // 2:
-        why.append(f"it computes at most {MAX_LENGTH // 2:,} rows and keys a sequence with a window")
+        why += _tma_mask(p, p.mask)
     if p.seqlen_k == 0:
         why.append("there are no keys to read")
     if max(p.seqlen_q, p.seqlen_k) > MAX_LENGTH:
@@ -91,13 +101,8 @@ def _hopper(p: Problem, target: Target) -> list[str]:
     return why
 
 
-def _hopper_mask(p: Problem, mask: Mask) -> list[str]:
+def _tma_mask(p: Problem, mask: Mask) -> list[str]:
     why: list[str] = []
-    if mask.dtype not in (torch.bool, torch.float16, torch.bfloat16, torch.float32):
-        name = str(mask.dtype).removeprefix("torch.")
-        why.append(f"it reads masks of bool, float16, bfloat16 and float32, not {name}")
-    if p.packed:
-        why.append("packed sequences have no rectangle of scores that a mask could cover")
     if not mask.aligned:
         why.append("TMA wants the mask to start at a multiple of 16 bytes")
     *outer, key = mask.strides

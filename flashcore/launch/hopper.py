@@ -12,7 +12,7 @@ from flashcore.core.config import Config
 from flashcore.core.problem import Mask, Problem, Strides
 from flashcore.core.target import Target
 from flashcore.kernels.hopper.attention import attention_forward
-from flashcore.launch.binding import LOG2E, Binding, Pointer, Scalar, Tma, qk_scale
+from flashcore.launch.binding import Binding, Pointer, Scalar, Tma, length_pointers, score_scalars
 
 _REGISTERS = 65_536  # of an SM
 _RESERVED = 1024  # bytes of shared memory that CUDA keeps for itself in every block
@@ -48,8 +48,8 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
         heads, rows, total = extent
         batch = 1 if p.packed else p.batch
         if total is None:
-            shape = (batch, heads, rows, columns)
-            return _descriptor(name, p.dtype, shape, (*_steps(shape, strides), 1), (1, 1, *box))
+            plain = (batch, heads, rows, columns)
+            return _descriptor(name, p.dtype, plain, (*_steps(plain, strides), 1), (1, 1, *box))
         # Row y + x - rows, see the kernel's _load: x ends where the sequence does, y says where it begins.
         sb, sh, sr = _steps((batch, heads, total + 1, columns), strides)
         shape = (batch, heads, total + 1, rows, columns)
@@ -66,22 +66,8 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
         args["lse"] = Pointer("lse", "*fp32", True)
     if p.mask is not None:
         args["mask_desc"] = _mask(p, p.mask, config)
-    if p.seqused_k:
-        args["seqused_k"] = Pointer("seqused_k", "*i32", False)
-    if p.packed:
-        args |= {name: Pointer(name, "*i32", False) for name in ("cu_seqlens_q", "cu_seqlens_k")}
-        args |= {"total_q": Scalar("i32", total_q), "total_k": Scalar("i32", total_k)}
-    unit = 1.0  # of log2
-    if p.softcap:
-        unit = 2 / p.softcap
-        args["cap"] = Scalar("fp32", p.softcap)
-    elif p.mask is not None and p.mask.dtype != torch.bool:
-        unit = 1 / LOG2E
-    args["qk_scale"] = Scalar("fp32", qk_scale(scale) * unit)
-    if p.window != (-1, -1):
-        left, right = p.bounds  # as many keys as there are rows are all there can be to the right of one
-        args["left"] = Scalar("i32", p.seqlen_k if left is None else min(left, p.seqlen_k))
-        args["right"] = Scalar("i32", p.seqlen_q if right is None else min(right, p.seqlen_q))
+    args |= length_pointers(p)
+    args |= score_scalars(p, scale)
     args |= {"longest_q": Scalar("i32", p.seqlen_q), "longest_k": Scalar("i32", p.seqlen_k)}
     for name, size in (("row_tiles", row_tiles), ("heads", p.heads_q), ("pairs", pairs)):
         args[name] = Scalar("i32", size)

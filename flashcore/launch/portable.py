@@ -5,16 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from triton.runtime.interpreter import InterpretedFunction
+from triton import JITFunction
 
 from flashcore.core.config import Config
 from flashcore.core.problem import Problem
 from flashcore.kernels.portable.attention import attention_forward
-from flashcore.launch.binding import Binding, Pointer, Scalar, qk_scale
+from flashcore.launch.binding import Binding, Pointer, Scalar, length_pointers, score_scalars
 
 _MAX_GRID_Z = 65_535
 _FAR = 2**31 - 256  # elements from a tile's first row on, where the columns' part no longer fits 32 bits
 _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_MASK_TYPES = {torch.bool: "*u8", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+_OPTIONAL = (  # parameters that are None where the problem does not use them
+    "lse", "mask", "stride_mb", "stride_mh", "stride_mm", "stride_mn", "seqused_k", "cu_seqlens_q", "cu_seqlens_k",
+    "total_q", "total_k", "cap", "left", "right",
+)  # fmt: skip
 
 
 def bind(problem: Problem, config: Config, scale: float) -> Binding:
@@ -30,7 +35,11 @@ def bind(problem: Problem, config: Config, scale: float) -> Binding:
     args: dict[str, Any] = {name: Pointer(name, kind, p.aligned) for name in strides}
     if p.return_lse:
         args["lse"] = Pointer("lse", "*fp32", True)
-    args["qk_scale"] = Scalar("fp32", qk_scale(scale))
+    if p.mask is not None:
+        args["mask"] = Pointer("mask", _MASK_TYPES[p.mask.dtype], p.mask.aligned)
+        args |= {f"stride_m{axis}": Scalar("i64", s) for axis, s in zip("bhmn", p.mask.strides, strict=True)}
+    args |= length_pointers(p)
+    args |= score_scalars(p, scale)
     for name, (batch, head, row) in strides.items():
         args[f"stride_{name}b"] = Scalar("i64", batch // unit)
         args[f"stride_{name}h"] = Scalar("i64", head // unit)
@@ -42,13 +51,16 @@ def bind(problem: Problem, config: Config, scale: float) -> Binding:
     d, dv = columns(p.head_dim, p.aligned_rows), columns(p.head_dim_v, p.aligned_rows)
     tile = max(config.block_m, config.block_n)
     fold = p.batch > _MAX_GRID_Z
-    constexprs: dict[str, Any] = {} if p.return_lse else {"lse": None}
+    constexprs: dict[str, Any] = dict.fromkeys(name for name in _OPTIONAL if name not in args)
     constexprs |= {
         "HEAD_DIM": p.head_dim, "HEAD_DIM_V": p.head_dim_v, "GROUP": p.group, "CAUSAL": p.is_causal,
-        "EVEN_M": p.seqlen_q % config.block_m == 0, "EVEN_N": p.seqlen_k % config.block_n == 0,
+        "EVEN_M": p.seqlen_q % config.block_m == 0 and not p.packed,
+        "EVEN_N": p.seqlen_k % config.block_n == 0 and not p.ragged,
+        "MASK_M": p.mask is not None and p.mask.strides[2] != 0,
+        "MASK_N": p.mask is not None and p.mask.strides[3] != 0,
         "STRIDE_UNIT": unit, "WIDE": max(row for *_, row in strides.values()) * tile >= _FAR,
         "FOLD_BATCH": fold, "SPLIT": config.schedule == "split", "NEGATE_Q": scale < 0,
-        "EMULATED": p.dtype == torch.bfloat16 and isinstance(attention_forward, InterpretedFunction),
+        "EMULATED": p.dtype == torch.bfloat16 and not isinstance(attention_forward, JITFunction),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_D": d[0], "REST_D": d[1], "BLOCK_DV": dv[0], "REST_DV": dv[1],
     }  # fmt: skip

@@ -172,7 +172,7 @@ def test_scalars() -> None:
     values = scalars(bind(asked, STAYS, 0.5))
     assert values.pop("qk_scale") == pytest.approx(0.5 * math.log2(math.e), rel=1e-15)
     assert values == {
-        "seqlen_q": 200, "seqlen_k": 300, "row_tiles": 4, "heads": 6, "pairs": 18, "items": 72,
+        "longest_q": 200, "longest_k": 300, "row_tiles": 4, "heads": 6, "pairs": 18, "items": 72,
         "per_row_tiles": 2**30, "per_heads": 715_827_883, "per_pairs": 238_609_295,
     }  # fmt: skip
     types = {name: a.type for name, a in bind(problem(1, 1, 1)).args.items() if isinstance(a, Scalar)}

@@ -94,7 +94,7 @@ def _key_tiles(row, seqlen_k, shift, left, right, BLOCK_M: gl.constexpr, BLOCK_N
 
 @gluon.jit
 def _hide(s, row, key, seqlen_k, shift, left, right, CAUSAL: gl.constexpr):
-    """-inf for keys past the end and for those that a row does not see: its diagonal ends in the bottom right corner."""
+    """-inf for keys past the end and those that a row does not see: its diagonal ends in the bottom right corner."""
     layout: gl.constexpr = s.type.layout
     columns = gl.arange(0, s.shape[1], gl.SliceLayout(0, layout))[None, :]
     end = gl.full([s.shape[0]], seqlen_k - key, gl.int32, gl.SliceLayout(1, layout))  # first hidden column of a row

@@ -17,6 +17,7 @@ import triton.language as tl
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 NONE, FROM_WHOLE, EVERY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -46,11 +47,11 @@ def load_rows(
 def store_rows(
     base, first, rows, stride, n_rows, acc, row_sum, saw_nothing,
     START: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, MASK_ROWS: tl.constexpr,
-    CAUSAL: tl.constexpr, EMULATED: tl.constexpr,
+    HIDES: tl.constexpr, EMULATED: tl.constexpr,
 ):  # fmt: skip
     """acc / row_sum into columns START .. START + BLOCK of rows `first + rows`, nothing outside of n_rows x DIM."""
     result = acc * (1.0 / row_sum)[:, None]
-    if CAUSAL:  # a row above the first key shares its tile with rows that do attend: 0 * NaN of their v is not 0
+    if HIDES:  # a row that sees no key shares its tile with rows that do: 0 * NaN of their v is not 0
         result = tl.where(saw_nothing[:, None], 0.0, result)
     result = narrow(result, base.dtype.element_ty, EMULATED)
     cols = START + tl.arange(0, BLOCK)
@@ -81,13 +82,49 @@ def multiply(a, b, acc, EMULATED: tl.constexpr):
 
 
 @triton.jit
-def hide(scores, rows, keys, seqlen_k, last_key, CAUSAL: tl.constexpr):
-    """Scores of keys that a row must not see, set to -inf; row i of the problem sees keys 0 .. i + last_key."""
-    if CAUSAL:  # implies the bound: rows of the problem end at key seqlen_k - 1
+def length_of(cu_seqlens, batch, total, longest):
+    """(first row, number of rows) of a packed sequence, within the tensor whatever cu_seqlens holds."""
+    first = tl.minimum(tl.maximum(tl.load(cu_seqlens + batch), 0), total)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + batch + 1), first), total)
+    return first, tl.minimum(end - first, longest)
+
+
+@triton.jit
+def hide(scores, rows, keys, seqlen_k, last_key, left, right, CAUSAL: tl.constexpr):
+    """Scores of keys that a row must not see, set to -inf; row i has its diagonal at key i + last_key."""
+    if left is not None:
+        diagonal = rows[:, None] + last_key
+        visible = (keys < seqlen_k)[None, :]
+        visible &= (keys[None, :] >= diagonal - left) & (keys[None, :] <= diagonal + right)
+    elif CAUSAL:  # implies the bound: rows of the problem end at key seqlen_k - 1
         visible = keys[None, :] <= rows[:, None] + last_key
     else:
         visible = (keys < seqlen_k)[None, :]
     return tl.where(visible, scores, NEGATIVE_INFINITY)
+
+
+@triton.jit
+def apply_mask(
+    scores, scale, mask, stride_mm, stride_mn, rows, keys, seqlen_q, seqlen_k,
+    MASK_M: tl.constexpr, MASK_N: tl.constexpr,
+):  # fmt: skip
+    """bool (bytes): -inf where it is 0; else scale * scores + mask, where a -inf hides the score even if it is NaN.
+
+    MASK_M, MASK_N: 0 where the mask is broadcast over the rows, or over the keys, and is read once for all of them.
+    """
+    tile = mask
+    inside = keys[None, :] < seqlen_k
+    if MASK_M:
+        tile += rows.to(tl.int64)[:, None] * stride_mm
+        inside &= rows[:, None] < seqlen_q
+    if MASK_N:
+        tile += keys.to(tl.int64)[None, :] * stride_mn
+    values = tl.load(tile + tl.zeros(inside.shape, tl.int32), mask=inside, other=0)
+    if mask.dtype.element_ty == tl.uint8:
+        return tl.where(values != 0, scores, NEGATIVE_INFINITY)
+    else:
+        bias = values.to(tl.float32)
+        return tl.where(bias == NEGATIVE_INFINITY, NEGATIVE_INFINITY, scores * scale + bias)
 
 
 @triton.jit
@@ -102,8 +139,10 @@ def softmax_tile(scores, qk_scale, row_max, row_sum):
 @triton.jit
 def attend(
     acc, acc_rest, row_max, row_sum, begin, end, whole,
-    q_tile, q_rest, k, v, stride_kn, stride_vn, qk_scale, rows, seqlen_k, last_key,
+    q_tile, q_rest, k, v, stride_kn, stride_vn, qk_scale, cap, mask, stride_mm, stride_mn,
+    rows, seqlen_q, seqlen_k, last_key, left, right,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, CAUSAL: tl.constexpr, EVEN_N: tl.constexpr,
+    MASK_M: tl.constexpr, MASK_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr, EMULATED: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
@@ -113,18 +152,28 @@ def attend(
     """
     keys = tl.arange(0, BLOCK_N)
     BOUND: tl.constexpr = EDGE != NONE and not EVEN_N
+    BIAS: tl.constexpr = mask is not None and mask.dtype.element_ty != tl.uint8
     for start_n in tl.range(begin, end, BLOCK_N):
         k_tile = load_rows(k, start_n, keys, stride_kn, seqlen_k, 0, BLOCK_D, HEAD_DIM, BOUND)
         scores = multiply(q_tile, k_tile.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), EMULATED)
         if REST_D:
             k_rest = load_rows(k, start_n, keys, stride_kn, seqlen_k, BLOCK_D, REST_D, HEAD_DIM, BOUND)
             scores = multiply(q_rest, k_rest.T, scores, EMULATED)
+        if cap is not None:  # tanh by exp2: the hardware's own is right to 11 bits only
+            scores = cap - 2.0 * cap / (1.0 + tl.math.exp2(scores * qk_scale))
+        if mask is not None:
+            scores = apply_mask(
+                scores, qk_scale if cap is None else 1.0, mask, stride_mm, stride_mn, rows, start_n + keys,
+                seqlen_q, seqlen_k, MASK_M, MASK_N,
+            )  # fmt: skip
         if EDGE == EVERY:
-            scores = hide(scores, rows, start_n + keys, seqlen_k, last_key, CAUSAL)
+            scores = hide(scores, rows, start_n + keys, seqlen_k, last_key, left, right, CAUSAL)
         elif EDGE == FROM_WHOLE:
             if start_n >= whole:
-                scores = hide(scores, rows, start_n + keys, seqlen_k, last_key, CAUSAL)
-        weights, rescale, row_max, row_sum = softmax_tile(scores, qk_scale, row_max, row_sum)
+                scores = hide(scores, rows, start_n + keys, seqlen_k, last_key, left, right, CAUSAL)
+        weights, rescale, row_max, row_sum = softmax_tile(
+            scores, LOG2E if BIAS or cap is not None else qk_scale, row_max, row_sum
+        )
         v_tile = load_rows(v, start_n, keys, stride_vn, seqlen_k, 0, BLOCK_DV, HEAD_DIM_V, BOUND)
         weights = narrow(weights, v_tile.dtype, EMULATED)
         acc = multiply(weights, v_tile, acc * rescale[:, None], EMULATED)
@@ -136,25 +185,32 @@ def attend(
 
 @triton.jit
 def attention_forward(
-    q, k, v, o, lse, qk_scale,
+    q, k, v, o, lse, mask, seqused_k, cu_seqlens_q, cu_seqlens_k, qk_scale, cap, left, right,
     stride_qb, stride_qh, stride_qm,
     stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_om,
-    heads, seqlen_q, seqlen_k,
+    stride_mb, stride_mh, stride_mm, stride_mn,
+    heads, seqlen_q, seqlen_k, total_q, total_k,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, STRIDE_UNIT: tl.constexpr, WIDE: tl.constexpr,
     FOLD_BATCH: tl.constexpr, SPLIT: tl.constexpr, NEGATE_Q: tl.constexpr, EMULATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr, MASK_M: tl.constexpr, MASK_N: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M query rows of one head.
 
     q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv], o [B, Hq, Sq, Dv], fp16 or bf16, last dimension
     contiguous; lse fp32 [B, Hq, Sq] contiguous, or None. Sk may be 0.
 
+    None where an option is not in use: mask (bytes of a bool, or floats to add), over the scores by its own strides;
+    seqused_k int32 [B]; cu_seqlens_q, cu_seqlens_k int32 [B + 1] of packed q, o [total_q, Hq, D] and k, v
+    [total_k, Hkv, D], whose lse is [Hq, total_q] and whose seqlen_q, seqlen_k are the longest; left, right: keys
+    beside the diagonal.
+
     qk_scale: softmax scale times log2(e), above 0: the row maximum is taken before scaling, and a hidden score,
-        -inf, times 0 would be NaN. NEGATE_Q serves a negative scale; negation is exact.
+        -inf, times 0 would be NaN. NEGATE_Q serves a negative scale; negation is exact. Without the factor of log2(e)
+        where the scores get a bias, and with 2 / cap where cap bounds the scores.
     STRIDE_UNIT: strides are counted in this many elements. 8 (16 bytes) makes every row's address a multiple of
         16 bytes in the compiler's eyes, which one 16-byte load per thread needs, whatever the head size.
     WIDE: offsets inside of a tile need 64 bits.
@@ -185,10 +241,25 @@ def attention_forward(
     stride_vn = stride_vn.to(OFFSET) * STRIDE_UNIT
     stride_om = stride_om.to(OFFSET) * STRIDE_UNIT
     batch, head = batch.to(tl.int64), head.to(tl.int64)
+    RAGGED: tl.constexpr = seqused_k is not None or cu_seqlens_q is not None
+    first_row = batch * 0
+    if seqused_k is not None:
+        seqlen_k = tl.minimum(tl.maximum(tl.load(seqused_k + batch), 0), seqlen_k)
+    if cu_seqlens_q is not None:
+        first_row, seqlen_q = length_of(cu_seqlens_q, batch, total_q, seqlen_q)
+        first_key, seqlen_k = length_of(cu_seqlens_k, batch, total_k, seqlen_k)
+        if start_m >= seqlen_q:  # the grid is made for the longest sequence
+            return
+        q += first_row.to(tl.int64) * stride_qm
+        o += first_row.to(tl.int64) * stride_om
+        k += first_key.to(tl.int64) * stride_kn
+        v += first_key.to(tl.int64) * stride_vn
     q += (batch * stride_qb + head * stride_qh) * STRIDE_UNIT
     k += (batch * stride_kb + head // GROUP * stride_kh) * STRIDE_UNIT
     v += (batch * stride_vb + head // GROUP * stride_vh) * STRIDE_UNIT
     o += (batch * stride_ob + head * stride_oh) * STRIDE_UNIT
+    if mask is not None:
+        mask += batch * stride_mb + head * stride_mh
 
     block_rows = tl.arange(0, BLOCK_M)
     rows = start_m + block_rows
@@ -207,45 +278,61 @@ def attention_forward(
 
     # Keys 0 .. whole are seen by every row of the tile, keys from end on by none.
     last_key = seqlen_k - seqlen_q
+    begin = 0
     end = seqlen_k
     whole = seqlen_k
-    if CAUSAL:
+    if left is not None:
+        begin = tl.maximum(0, start_m + last_key - left) // BLOCK_N * BLOCK_N
+        end = tl.minimum(seqlen_k, tl.maximum(0, start_m + BLOCK_M + last_key + right))
+        whole = begin
+    elif CAUSAL:
         end = tl.minimum(seqlen_k, tl.maximum(0, start_m + BLOCK_M + last_key))
         whole = tl.minimum(seqlen_k, tl.maximum(0, start_m + 1 + last_key))
-    MASKED: tl.constexpr = CAUSAL or not EVEN_N
+    WINDOW: tl.constexpr = left is not None
+    MASKED: tl.constexpr = CAUSAL or WINDOW or not EVEN_N
+    HIDES: tl.constexpr = CAUSAL or WINDOW or RAGGED or mask is not None
     if MASKED:
         whole = whole // BLOCK_N * BLOCK_N
-    if MASKED and SPLIT:
+    if MASKED and SPLIT and not WINDOW:
         acc, acc_rest, row_max, row_sum = attend(
             acc, acc_rest, row_max, row_sum, 0, whole, whole,
-            q_tile, q_rest, k, v, stride_kn, stride_vn, qk_scale, rows, seqlen_k, last_key,
-            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, REST_D, BLOCK_DV, REST_DV, EMULATED, NONE,
+            q_tile, q_rest, k, v, stride_kn, stride_vn, qk_scale, cap, mask, stride_mm, stride_mn,
+            rows, seqlen_q, seqlen_k, last_key, left, right,
+            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, MASK_M, MASK_N,
+            BLOCK_M, BLOCK_N, BLOCK_D, REST_D, BLOCK_DV, REST_DV, EMULATED, NONE,
         )  # fmt: skip
         acc, acc_rest, row_max, row_sum = attend(
             acc, acc_rest, row_max, row_sum, whole, end, whole,
-            q_tile, q_rest, k, v, stride_kn, stride_vn, qk_scale, rows, seqlen_k, last_key,
-            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, REST_D, BLOCK_DV, REST_DV, EMULATED, EVERY,
+            q_tile, q_rest, k, v, stride_kn, stride_vn, qk_scale, cap, mask, stride_mm, stride_mn,
+            rows, seqlen_q, seqlen_k, last_key, left, right,
+            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, MASK_M, MASK_N,
+            BLOCK_M, BLOCK_N, BLOCK_D, REST_D, BLOCK_DV, REST_DV, EMULATED, EVERY,
         )  # fmt: skip
     else:
-        EDGE: tl.constexpr = FROM_WHOLE if MASKED else NONE
+        EDGE: tl.constexpr = EVERY if WINDOW else FROM_WHOLE if MASKED else NONE
         acc, acc_rest, row_max, row_sum = attend(
-            acc, acc_rest, row_max, row_sum, 0, end, whole,
-            q_tile, q_rest, k, v, stride_kn, stride_vn, qk_scale, rows, seqlen_k, last_key,
-            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, BLOCK_M, BLOCK_N, BLOCK_D, REST_D, BLOCK_DV, REST_DV, EMULATED, EDGE,
+            acc, acc_rest, row_max, row_sum, begin, end, whole,
+            q_tile, q_rest, k, v, stride_kn, stride_vn, qk_scale, cap, mask, stride_mm, stride_mn,
+            rows, seqlen_q, seqlen_k, last_key, left, right,
+            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, MASK_M, MASK_N,
+            BLOCK_M, BLOCK_N, BLOCK_D, REST_D, BLOCK_DV, REST_DV, EMULATED, EDGE,
         )  # fmt: skip
 
     saw_nothing = row_sum == 0
     row_sum = tl.where(saw_nothing, 1.0, row_sum)
     store_rows(
         o, start_m, block_rows, stride_om, seqlen_q, acc, row_sum, saw_nothing,
-        0, BLOCK_DV, HEAD_DIM_V, not EVEN_M, CAUSAL, EMULATED,
+        0, BLOCK_DV, HEAD_DIM_V, not EVEN_M, HIDES, EMULATED,
     )  # fmt: skip
     if REST_DV:
         store_rows(
             o, start_m, block_rows, stride_om, seqlen_q, acc_rest, row_sum, saw_nothing,
-            BLOCK_DV, REST_DV, HEAD_DIM_V, not EVEN_M, CAUSAL, EMULATED,
+            BLOCK_DV, REST_DV, HEAD_DIM_V, not EVEN_M, HIDES, EMULATED,
         )  # fmt: skip
     if lse is not None:
         log_sum = tl.where(saw_nothing, NEGATIVE_INFINITY, (row_max + tl.math.log2(row_sum)) * LN2)
-        first = (batch * heads + head) * seqlen_q
+        if cu_seqlens_q is not None:
+            first = head * total_q + first_row
+        else:
+            first = (batch * heads + head) * seqlen_q
         tl.store(lse + first + rows, log_sum, mask=rows < seqlen_q)
