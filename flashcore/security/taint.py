@@ -3,8 +3,7 @@
 A register is tainted where data may have flowed into it. Data comes from memory (every load from global, shared or
 local memory) and from the tensor cores, and flows from an instruction's operands, its guard included, to its results.
 Public are the kernel's parameters (constant memory: pointers, strides, lengths, the scale), the indices of thread and
-block, immediates, and the state of mbarriers. Loads are not told apart, which is the safe side: a kernel that reads
-lengths from memory needs them told apart by the pointer they come through.
+block, immediates, the state of mbarriers, and what is loaded through a pointer to lengths (provenance.py).
 
 What may not be tainted, one finding for each instruction:
 
@@ -55,15 +54,20 @@ class Taint:
     products: int  # of these, tensor-core instructions; all accumulate in fp32, or decoding would have refused
     guarded: int  # of these, arithmetic under a tainted guard
     findings: tuple[Finding, ...]
+    public_loads: int = 0  # loads of lengths, whose results are public
 
     def count(self, *kinds: str) -> int:
         """How many findings are of these kinds; of any where none is named."""
         return sum(not kinds or finding.kind in kinds for finding in self.findings)
 
 
-def analyse(code: Code) -> Taint:
-    """Follow data through a kernel."""
-    worlds = _Worlds(code)
+def analyse(code: Code, public: frozenset[int] = frozenset()) -> Taint:
+    """Follow data through a kernel; `public` are the instructions that load nothing secret, by index."""
+    sources = frozenset(
+        i for i, each in enumerate(code.instructions)
+        if i not in public and (each.opcode in sass.LOADS or each.opcode in sass.PRODUCTS)
+    )  # fmt: skip
+    worlds = _Worlds(code, sources)
     states = _fixpoint(code, worlds)
     before = [None if s is None else worlds.running(s, i) for i, s in enumerate(states)]
     findings = []
@@ -79,14 +83,10 @@ def analyse(code: Code) -> Taint:
         guarded += each.opcode in sass.ARITHMETIC and each.guard & tainted != 0
         for kind, deciding in _sinks(each, tainted):
             if decisive := deciding & tainted:
-                path = _path(code, before, i, decisive)
+                path = _path(code, before, sources, i, decisive)
                 findings.append(Finding(kind, each.offset, each.text, tuple(sass.names(decisive)), path))
                 break
-    return Taint(reached, branches, memory, products, guarded, tuple(findings))
-
-
-def _is_source(each: Instruction) -> bool:
-    return each.opcode in sass.LOADS or each.opcode in sass.PRODUCTS
+    return Taint(reached, branches, memory, products, guarded, tuple(findings), len(public))
 
 
 class _Worlds:
@@ -101,8 +101,9 @@ class _Worlds:
     where two assumptions hold is tainted in both worlds, so their intersection bounds it.
     """
 
-    def __init__(self, code: Code) -> None:
+    def __init__(self, code: Code, sources: frozenset[int]) -> None:
         self._code = code
+        self._sources = sources
         self._guards = _guards(code)
         self._predicates = sorted({predicate for predicate, _ in self._guards if predicate})
         literals = [(predicate, negated) for predicate in self._predicates for negated in (False, True)]
@@ -123,7 +124,7 @@ class _Worlds:
         predicate, negated = self._guards[i]
         inputs = each.uses & self.running(state, i)
         tainting = 0
-        if _is_source(each):
+        if i in self._sources:
             tainting = self._every
         elif inputs:
             tainting = sum(1 << w * _BITS for w in range(self._count) if inputs & state >> w * _BITS)
@@ -227,7 +228,9 @@ def _sinks(each: Instruction, tainted: int) -> list[tuple[str, int]]:
     return found
 
 
-def _path(code: Code, before: list[int | None], sink: int, registers: int) -> tuple[str, ...]:
+def _path(
+    code: Code, before: list[int | None], sources: frozenset[int], sink: int, registers: int
+) -> tuple[str, ...]:
     """One way from a source to the instruction `sink`, found backwards and breadth first."""
     leading: list[list[int]] = [[] for _ in code.instructions]
     for i, following in enumerate(code.successors):
@@ -252,7 +255,7 @@ def _path(code: Code, before: list[int | None], sink: int, registers: int) -> tu
         for j in leading[i]:
             each = code.instructions[j]
             tainted = before[j] or 0
-            if each.defs & bit and _is_source(each):
+            if each.defs & bit and j in sources:
                 steps = [j]
                 step: tuple[int, int] | None = at
                 while step is not None:
