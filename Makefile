@@ -37,7 +37,7 @@ lint: $(READY)
 	$(PY) -m mypy
 
 docs: $(READY)
-	$(PY) -m sphinx --quiet --fail-on-warning --keep-going --builder html docs build/docs
+	$(PY) -m sphinx --quiet --fresh-env --fail-on-warning --keep-going --builder html docs build/docs
 
 report: $(READY)
 	$(PY) -m flashcore.benchmark.report

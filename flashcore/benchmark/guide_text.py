@@ -35,7 +35,7 @@ def clocks(folder: Path) -> Iterator[str]:
         rows.append((Shape(**case["shape"]).label, *map(us, figures), *map(us, each)))
     yield f"µs, H=8, D=64, fp16. {_source(record)}."
     yield ""
-    header = *validation_text.CLOCKS.values(), "call, a sequence", "gpu warm, a sequence"
+    header = *validation_text.CLOCKS.values(), "call / B", "gpu warm / B"
     yield from table(("Shape", *header), rows)
 
 

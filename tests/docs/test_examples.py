@@ -19,13 +19,18 @@ from tests.docs.pages import Block, all_pages, blocks, text_of
 # Pages that are run where their surroundings are: with ranks, with models.
 ELSEWHERE = {"docs/distributed.md": "tests/integrations/distributed/worker.py"}
 # What a page's first block takes for granted.
-GIVEN = {"docs/design.md": "import torch\nq, k, v = (torch.randn(2, 4, 64, 32, dtype=torch.float16) for _ in range(3))"}
+GIVEN = {
+    "docs/design.md": """
+import torch
+q, k, v = (torch.randn(2, 4, 128, 64, device="cuda", dtype=torch.float16) for _ in range(3))
+"""
+}
 
 
 def run(page: str, text: str, device: str, given: str = "") -> None:
     """Execute a page's blocks; the page and the line are in the traceback of one that fails."""
     names: dict[str, Any] = {"__name__": "__main__"}
-    exec(given, names)
+    exec(_on(device, given), names)
     printed, below = None, 0
     for block in blocks(text, "python", "text"):
         if block.language == "python":
@@ -38,14 +43,17 @@ def run(page: str, text: str, device: str, given: str = "") -> None:
 
 def _execute(page: str, block: Block, device: str, names: dict[str, Any]) -> str | None:
     """What it printed; None where it waits for a GPU."""
-    source = block.text if device == "cuda" else block.text.replace('"cuda"', f'"{device}"')
-    code = compile("\n" * (block.line - 1) + source, page, "exec")
+    code = compile("\n" * (block.line - 1) + _on(device, block.text), page, "exec")
     if block.note == "gpu" and device != "cuda":
         return None
     assert block.note in ("", "gpu"), f"{page}:{block.line}: an example is for `gpu` or for any, not {block.note}"
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, names)
     return printed.getvalue()
+
+
+def _on(device: str, source: str) -> str:
+    return source.replace('"cuda"', f'"{device}"')
 
 
 PAGES = [page for page in all_pages() if any(blocks(text_of(page), "python"))]
