@@ -23,13 +23,15 @@ author = "The FlashCore authors"
 copyright = author  # the name that Sphinx wants
 version = release = flashcore.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["_build"]
 nitpicky = True  # an error that a docstring names must exist
 
 html_theme = "furo"
 html_title = f"FlashCore {release}"
 html_show_sphinx = False
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence"]
@@ -56,7 +58,7 @@ def bring_inside(app: Sphinx, name: str, source: list[str]) -> None:
     original = next((ROOT / file for file, stand_in in PAGES.items() if DOCS / stand_in == page), page)
     if original != page:
         source[0] = original.read_text(encoding="utf-8")
-        app.env.note_dependency(original)
+        app.env.note_dependency(os.fspath(original))
 
     def rewritten(match: re.Match[str]) -> str:
         text, anchor, target = match[1], match[3] or "", (original.parent / match[2]).resolve()

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import doctest
 import io
+import re
 from typing import Any
 
 import pytest
 import torch
 
-from tests.docs.pages import Block, all_pages, blocks, text_of
+from tests.docs.pages import ROOT, Block, all_pages, blocks, text_of
 
 # Pages that are run where their surroundings are: with ranks, with models.
 ELSEWHERE = {"docs/distributed.md": "tests/integrations/distributed/worker.py"}
@@ -48,8 +49,20 @@ def _execute(page: str, block: Block, device: str, names: dict[str, Any]) -> str
         return None
     assert block.note in ("", "gpu"), f"{page}:{block.line}: an example is for `gpu` or for any, not {block.note}"
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(code, names)
+        try:
+            exec(code, names)
+        except ModuleNotFoundError as missing:
+            if (missing.name or "").split(".")[0] not in optional():
+                raise
+            pytest.skip(f"{page}:{block.line} needs {missing.name}, which an extra installs")
     return printed.getvalue()
+
+
+def optional() -> set[str]:
+    """The distributions that an extra installs and a plain installation does not need, as modules are named."""
+    text = (ROOT / "pyproject.toml").read_text()
+    section = text.split("[project.optional-dependencies]\n")[1].split("\n[")[0]
+    return {name.replace("-", "_") for name in re.findall(r'"([\w-]+)', section)} - {"flashcore_attn"}
 
 
 def _on(device: str, source: str) -> str:
