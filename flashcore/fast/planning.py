@@ -31,8 +31,8 @@ class Explanation:
     """Which kernel and tile serve a call, and why no other does. `str()` of it is for people."""
 
     problem: Problem
-    target: Target | None  #: None: CPU tensors
-    config: Config | None  #: None: no kernel serves the call
+    target: Target | None  #: None for CPU tensors
+    config: Config | None  #: None where no kernel serves the call
     refused: dict[str, tuple[str, ...]]  #: the other kernels -> their reasons
     launch: str  #: how the host launches it
 
@@ -108,7 +108,7 @@ class Warmed:
 
     shape: Shape
     config: Config
-    kernels: int  #: that had to be compiled, or fetched from Triton's cache, for it
+    kernels: int  #: how many had to be compiled for it, or fetched from Triton's cache
     seconds: float
 
 
