@@ -16,7 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashcore.benchmark import peers_text, plots, results, validation_text
+from flashcore.benchmark import guide_text, peers_text, plots, results, validation_text
+from flashcore.benchmark.markdown import table as _table
+from flashcore.benchmark.markdown import times as _times
+from flashcore.benchmark.results import headline as _headline
 from flashcore.benchmark.shapes import Shape
 from flashcore.benchmark.terminal import us
 from flashcore.measure import machine
@@ -26,7 +29,6 @@ Record = dict[str, Any]
 
 VALIDATION = Path("docs/validation/EXPERT_VALIDATION_REPORT.md")
 PEERS = Path("docs/validation/PEERS.md")
-HEADLINE = "H100"  # whose figures the README states
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 _GENERATED = "<!-- Generated from results/ by `python -m flashcore.benchmark.report`; not to be edited. -->"
 
@@ -69,18 +71,6 @@ def write(root: Path) -> list[Path]:
 def _document(lines: Iterator[str]) -> str | None:
     text = "\n".join(lines)
     return text + "\n" if text else None
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield "| " + " | ".join(header) + " |"
-    yield "|" + "|".join(" --- " if i == 0 else " ---: " for i in range(len(header))) + "|"
-    for row in rows:
-        yield "| " + " | ".join(cell.strip() for cell in row) + " |"
-    yield ""
-
-
-def _times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
 
 
 # -- the validation ---------------------------------------------------------------------------------------------
@@ -280,10 +270,6 @@ def _peer_row(case: Record, names: Sequence[str], clock: str, ceilings: Record |
 # -- blocks inside other documents ------------------------------------------------------------------------------
 
 
-def _headline(records: dict[str, Record]) -> Record | None:
-    return next((record for gpu, record in sorted(records.items()) if HEADLINE in gpu), None)
-
-
 def nine(folder: Path) -> Iterator[str]:
     """The README's table: what a caller sees, and device time beside the best peer."""
     validation = _headline(results.newest(folder, "validation"))
@@ -319,7 +305,9 @@ def _nine_row(case: Record) -> tuple[str, ...]:
     return Shape(**case["shape"]).label, ours, theirs, best or "-", _times(found.value if found else None)
 
 
-BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {"nine": nine}
+BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
+    "nine": nine, "clocks": guide_text.clocks, "host": guide_text.host, "behind": guide_text.behind,
+}  # fmt: skip
 
 
 def _block(name: str, folder: Path) -> str:
