@@ -71,6 +71,9 @@ class _Handle:
 
     def __init__(self) -> None:
         self._undo = ExitStack()
+        if torch.cuda.is_available():  # torch sets its order at the first choice, over anyone's: let that be past
+            tiny = torch.empty(1, 1, 1, 8, dtype=torch.float16, device="cuda")
+            torch._fused_sdp_choice(tiny, tiny, tiny)
         order = torch_attention._cur_sdpa_kernel_backends(with_priority=True)
         rest = [backend for backend in order if backend != SDPBackend.FLASH_ATTENTION]
         preferred = torch_attention.sdpa_kernel([SDPBackend.FLASH_ATTENTION, *rest], set_priority=True)

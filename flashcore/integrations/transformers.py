@@ -10,6 +10,7 @@ padding mask holds is never asked for, where transformers' own "sdpa" reads it t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -33,10 +34,13 @@ def register() -> str:
         The name, "fcore".
 
     Raises:
-        ImportError: transformers is not installed, or older than 4.56.
+        ImportError: transformers is not installed, or older than 5.5.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers import AttentionInterface, AttentionMaskInterface, __version__
+    from transformers.masking_utils import sdpa_mask
 
+    if "q_offset" not in inspect.signature(sdpa_mask).parameters:
+        raise ImportError(f"register(): needs transformers 5.5 or newer, this is {__version__}")
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, make_mask)  # without it masks silently become None
     return NAME
