@@ -27,7 +27,7 @@ CORPUS = [
     "Attention computes a weighted mean of values.",
     "The stock market fell sharply on Monday, after a week of quiet trading.",
 ]
-QUERIES = ["Someone has a meal.", "An animal makes music.", "A predator hunts.", "How do transformers work?"]
+QUERIES = ["Someone has a meal.", "An animal makes music.", "A predator hunts.", "What is a weighted mean?"]
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
@@ -40,7 +40,6 @@ def test_sentence_embeddings(device, minilm):
     for name in ("sdpa", "fcore"):
         options = {"attn_implementation": name, "dtype": dtype}
         model = sentence_transformers.SentenceTransformer(str(minilm), device=device, model_kwargs=options)
-        assert next(model.modules()) is model
         found[name] = [model.encode(texts, convert_to_tensor=True).float() for texts in (CORPUS, QUERIES)]
     for ours, theirs in zip(found["fcore"], found["sdpa"], strict=True):
         assert F.cosine_similarity(ours, theirs).min() > 0.9999
@@ -53,7 +52,8 @@ def test_sentence_embeddings(device, minilm):
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_a_language_model_writes_the_same(device, smollm2):
-    """64 tokens, greedily: grouped heads, prefill and decode steps."""
+    """64 tokens, greedily: grouped heads, prefill and decode steps. The CPU path, in fp64, takes a second a token."""
+    length = 64 if device == "cuda" else 12
     fcore.register()
     load = {"pretrained_model_name_or_path": str(smollm2.parent), "gguf_file": smollm2.name}
     tokenizer = transformers.AutoTokenizer.from_pretrained(**load)
@@ -63,8 +63,8 @@ def test_a_language_model_writes_the_same(device, smollm2):
     texts = []
     for name in ("fcore", "sdpa"):
         model.set_attn_implementation(name)
-        texts.append(model.generate(**prompt, max_new_tokens=64, min_new_tokens=64, do_sample=False)[0])
-    assert len(texts[0]) == prompt["input_ids"].shape[1] + 64
+        texts.append(model.generate(**prompt, max_new_tokens=length, min_new_tokens=length, do_sample=False)[0])
+    assert len(texts[0]) == prompt["input_ids"].shape[1] + length
     assert torch.equal(*texts), [tokenizer.decode(text) for text in texts]
 
 
@@ -86,7 +86,7 @@ def hook(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
-def test_a_vision_transformer_of_timm(device, hook, monkeypatch):
+def test_a_vision_transformer_of_timm(device, hook):
     timm = pytest.importorskip("timm", reason="needs timm")
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10, pretrained=False).eval()
