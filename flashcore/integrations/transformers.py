@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flashcore.core.errors import UnsupportedError
@@ -138,17 +137,24 @@ def make_mask(
     skips = (allow_is_causal_skip and aligned) or allow_is_bidirectional_skip
     if attention_mask is None and skips and not is_local:
         return None
-    padding = -kv_length % _ALIGNMENT
     if mask_function is bidirectional_mask_function and attention_mask is not None:
-        seen = attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
-        seen = F.pad(seen, (0, kv_length + padding - seen.shape[-1]))[:, None, None, :kv_length]
-        return seen.expand(batch_size, 1, q_length, kv_length)
+        seen = attention_mask[:, None, None, kv_offset : kv_offset + kv_length].to(torch.bool)
+        return _aligned(seen, kv_length).expand(batch_size, 1, q_length, kv_length)
     mask: Tensor = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, local_size=local_size,
         allow_is_causal_skip=False, allow_is_bidirectional_skip=False, **rest,
     )  # fmt: skip
-    return F.pad(mask, (0, padding))[..., :kv_length] if padding else mask
+    return _aligned(mask, kv_length)
+
+
+def _aligned(mask: Tensor, keys: int) -> Tensor:
+    """The bool mask over so many keys, False behind its own, with rows that start at multiples of `_ALIGNMENT`."""
+    if isinstance(keys, torch.SymInt) and mask.shape[-1] == keys:
+        return mask  # or whether there is anything to pad would become a condition of what torch.export makes
+    stored = mask.new_zeros(*mask.shape[:-1], (keys + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT)
+    stored[..., : mask.shape[-1]] = mask
+    return stored[..., :keys]
 
 
 def _refuse(dropout: float, rest: dict[str, Any]) -> None:
