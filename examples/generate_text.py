@@ -34,7 +34,9 @@ def main() -> int:
         options.gguf = next(weights.glob("*.gguf")).name
 
     register()  # from now on transformers knows "fcore"
-    source = {"pretrained_model_name_or_path": str(options.model)} | ({"gguf_file": options.gguf} if options.gguf else {})
+    source = {"pretrained_model_name_or_path": str(options.model)}
+    if options.gguf:
+        source["gguf_file"] = options.gguf
     tokenizer = AutoTokenizer.from_pretrained(**source)
     dtype = torch.float16 if options.device == "cuda" else torch.float32  # kernels compute in 16 bits
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, attn_implementation="fcore")
