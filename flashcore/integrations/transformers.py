@@ -81,7 +81,7 @@ def attend(
         The output [B, Sq, Hq, D], and None where others return the weights.
 
     Raises:
-        UnsupportedError: dropout, a head mask or the weights are asked for, or no kernel serves the problem.
+        UnsupportedError: dropout, a head mask, a paged cache or the weights are asked for, or no kernel serves it.
         TypeError, ValueError: as `flashcore.attention`.
     """
     _refuse(dropout, rest)
@@ -163,9 +163,9 @@ def _refuse(dropout: float, rest: dict[str, Any]) -> None:
             f"attn_implementation={NAME!r}: dropout: expected 0, got {dropout}; attention dropout is not computed: set"
             " the model's attention dropout to 0, call eval(), or use 'sdpa'"
         )
-    for name in ("head_mask", "layer_head_mask"):
+    for name, instead in (("head_mask", "eager"), ("layer_head_mask", "eager"), ("block_table", "sdpa")):
         if rest.get(name) is not None:
-            raise UnsupportedError(f"attn_implementation={NAME!r}: {name}: expected None; use 'eager'")
+            raise UnsupportedError(f"attn_implementation={NAME!r}: {name}: expected None; use {instead!r}")
     if rest.get("output_attentions"):
         raise UnsupportedError(
             f"attn_implementation={NAME!r}: output_attentions: the weights are never held in memory; use 'eager'"

@@ -219,6 +219,47 @@ def test_gradients(make):
         torch.testing.assert_close(grad, grads["sdpa"][name], atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.parametrize("make", [llama, whisper, t5], ids=lambda m: m.__name__)
+def test_beam_search(make):
+    """The cache is reordered between steps; encoder-decoders keep one of their cross-attention."""
+    model = made(make)
+    inputs = {name: value for name, value in inputs_of(model).items() if not name.startswith("decoder")}
+    found = []
+    for name in ("fcore", "sdpa"):
+        model.set_attn_implementation(name)
+        found.append(model.generate(**inputs, max_new_tokens=5, num_beams=3, do_sample=False))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("make", [bert, llama], ids=lambda m: m.__name__)
+def test_training_with_checkpointing(make):
+    """Without dropout, in train mode, with activations computed again in the backward pass."""
+    grads = []
+    for checkpointing in (False, True):
+        model = made(make).train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.set_attn_implementation("fcore")
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(tokens())[0].square().mean().backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 10
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("make", [bert, llama, vit], ids=lambda m: m.__name__)
+def test_half_precision_is_no_worse_than_eager(make, dtype):
+    inputs = inputs_of(made(make))
+    exact = run(made(make), "eager", **inputs)
+    half = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    ours, theirs = (run(made(make, dtype=dtype), name, **half).float() for name in ("fcore", "eager"))
+    assert (ours - exact).norm() <= 1.2 * (theirs - exact).norm()
+
+
 def test_what_is_not_served_is_named():
     model = made(bert)
     model.set_attn_implementation("fcore")
@@ -228,7 +269,7 @@ def test_what_is_not_served_is_named():
     with pytest.raises(UnsupportedError, match="output_attentions"):
         model(tokens(), output_attentions=True)
     layer, q = torch.nn.Module(), torch.randn(1, 2, 5, 8)
-    for name in ("head_mask", "layer_head_mask"):
+    for name in ("head_mask", "layer_head_mask", "block_table"):
         with pytest.raises(UnsupportedError, match=name):
             fcore.attend(layer, q, q, q, None, **{name: torch.ones(2)})
     with pytest.raises(ValueError, match="attn_mask"):
