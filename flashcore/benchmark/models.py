@@ -196,7 +196,7 @@ def measure(served: Served, batch: int, length: int, trials: int, device: clocks
     return {"batch": batch, "length": length, "weights": served.weights, "contestants": found}
 
 
-def work(todo: Sequence[Case], trials: int, path: Path) -> None:
+def work(todo: Sequence[Case], trials: int, path: Path, on: str = "cuda") -> None:
     """The worker: measures what the journal lacks."""
     before, write = Journal.read(path), Writer(path)
     write(environment=machine.environment())
@@ -207,7 +207,7 @@ def work(todo: Sequence[Case], trials: int, path: Path) -> None:
         write.at(label(case), "models")
         if case[0] != name:
             served = None  # its memory goes before the next one comes
-            name, served = case[0], Served(case[0], torch.device("cuda"))
+            name, served = case[0], Served(case[0], torch.device(on))
         assert served is not None
         found = measure(served, case[1], case[2], trials, clocks.Cuda())
         write(case=label(case), model=name, **found, gpu_state=machine.gpu_state())

@@ -124,15 +124,14 @@ def test_texts_of_a_batch_are_padded(small):
 
 def test_the_worker_goes_on_where_it_stopped(small, monkeypatch, tmp_path):
     monkeypatch.setattr(models.clocks, "Cuda", Cpu)
-    monkeypatch.setattr(models.torch, "device", lambda name: "cpu")
     path = tmp_path / "journal"
     todo = models.cases(["minilm", "vit-b16"], [1], [8, 12])
     assert [models.label(case) for case in todo] == ["minilm B1 S8", "minilm B1 S12", "vit-b16 B1 S197"]
-    models.work(todo[:1], 2, path)
+    models.work(todo[:1], 2, path, "cpu")
     measured = []
     real = models.measure
     monkeypatch.setattr(models, "measure", lambda *args: (measured.append(args[1:3]), real(*args))[1])
-    models.work(todo, 2, path)
+    models.work(todo, 2, path, "cpu")
     assert measured == [(1, 12), (1, 197)]
     assert list(Journal.read(path).cases) == [models.label(case) for case in todo]
 
@@ -165,6 +164,61 @@ def test_a_wrong_gradient_is_not_timed(monkeypatch):
     assert ours["status"] == "wrong" and "call" not in ours
     assert "over_flashcore" not in found["contestants"]["sdpa"]["call"]
     assert "relative error" in gradients.line(found)
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """A GPU that is this CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for module in (models, gradients):
+        monkeypatch.setattr(module.clocks, "Cuda", Cpu)
+        monkeypatch.setattr(module.machine, "environment", lambda: {"gpu": "NVIDIA H100", "recorded": "2026-11-28"})
+        monkeypatch.setattr(module.machine, "gpu_state", dict)
+    monkeypatch.setattr(gradients.clocks, "gpu_times", scripted)
+
+
+def test_a_run_of_models(small, pretended, monkeypatch, tmp_path, capsys):
+    real, wrong = models.measure, []
+
+    def in_this_process(command, path, *, patience_s, budget_s, heard):
+        assert command[1:4] == ["-m", "flashcore.benchmark.models", "--models"] and command[-2] == "--worker"
+        models.work(models.cases(["minilm"], [1, 2], [8]), 2, path, "cpu")
+        for case in Journal.read(path).cases.values():
+            heard(case)
+        return True
+
+    def measure(*given):
+        found = real(*given)
+        if wrong:
+            found["contestants"]["fcore"] = {"status": "wrong", "reason": "made up"}
+        return found
+
+    monkeypatch.setattr(models, "supervise", in_this_process)
+    monkeypatch.setattr(models, "measure", measure)
+    file = tmp_path / "models.json"
+    asked = ["--models", "minilm", "--batches", "1", "2", "--lengths", "8", "--json", str(file)]
+    assert models.main(asked) == 0
+    record = json.loads(file.read_text())
+    assert record["kind"] == "models" and record["complete"] and len(record["gpu_states"]) == 2
+    assert record["environment"]["transformers"] and [case["batch"] for case in record["cases"]] == [1, 2]
+    assert "2 of 2 cases measured, 0 of them without" in capsys.readouterr().out
+    wrong.append(True)
+    assert models.main(asked) == 1
+    assert "made up" in capsys.readouterr().out
+    assert models.main([*asked[:4], "--lengths", "8", "12"]) == 1  # not all of it was measured
+
+
+def test_a_run_of_gradients(pretended, monkeypatch, tmp_path, capsys):
+    real = gradients.measure
+    monkeypatch.setattr(gradients, "PROBLEMS", [gradients.Problem("tiny", 1, 2, 2, 16)])
+    monkeypatch.setattr(gradients, "measure", lambda *given: real(*given, "cpu"))
+    file = tmp_path / "gradients.json"
+    assert gradients.main(["--trials", "3", "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["cases"][0]["contestants"]["sdpa"]["call"]["n"] == 3
+    assert "1 cases, 0 of them without" in capsys.readouterr().out
+    monkeypatch.setitem(gradients.CONTESTANTS, "flashcore", lambda q, k, v, *rest: q + k + v)
+    assert gradients.main(["--trials", "3"]) == 1
+    assert "1 cases, 1 of them without" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["models", "gradients"])
