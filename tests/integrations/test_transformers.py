@@ -420,35 +420,31 @@ def test_each_option_on_a_gpu(option):
     torch.testing.assert_close(got.double().cpu(), exact, atol=3e-3, rtol=3e-3)
 
 
-@pytest.fixture
-def alert():
-    """Whatever waits for the GPU in one of the two functions raises; models themselves may."""
+def watched(function):
+    """The function, raising where it waits for the GPU; the model around it may."""
 
-    def watched(function):
-        def call(*args, **kwargs):
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                return function(*args, **kwargs)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
+    def call(*args, **kwargs):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
-        return call
-
-    transformers.AttentionInterface.register("fcore", watched(fcore.attend))
-    transformers.AttentionMaskInterface.register("fcore", watched(fcore.make_mask))
-    yield
-    fcore.register()
+    return call
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("make", [bert, *DECODERS, vit], ids=lambda m: m.__name__)
-def test_no_synchronisation(make, alert):
+def test_no_synchronisation(make, request):
     model = made(make, "cuda", torch.float16)
     inputs = {k: v.cuda().half() if v.is_floating_point() else v.cuda() for k, v in inputs_of(model).items()}
     if "input_ids" in inputs:
         inputs["attention_mask"] = padded(side="left").cuda()
-    for _ in range(2):  # kernels are loaded without one, too
-        assert torch.isfinite(run(model, "fcore", **inputs)).all()
+    run(model, "fcore", **inputs)
+    request.addfinalizer(fcore.register)
+    transformers.AttentionInterface.register("fcore", watched(fcore.attend))
+    transformers.AttentionMaskInterface.register("fcore", watched(fcore.make_mask))
+    assert torch.isfinite(run(model, "fcore", **inputs)).all()
 
 
 @pytest.mark.gpu
