@@ -208,7 +208,7 @@ def _check_options(o: Options) -> None:
     if o.scale is not None:
         if not isinstance(o.scale, (int, float)) or isinstance(o.scale, bool):
             raise TypeError(_message("scale", "a number or None", repr(o.scale)))
-        if not math.isfinite(o.scale):
+        if not -math.inf < o.scale < math.inf:  # symbolic numbers compare, math.isfinite they refuse
             raise ValueError(_message("scale", "a finite number", repr(o.scale)))
     window: Any = o.window  # whatever the caller gave
     if len(window) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= -1 for n in window):
