@@ -18,7 +18,10 @@ import torch
 from tests.docs.pages import ROOT, Block, all_pages, blocks, text_of
 
 # Pages that are run where their surroundings are: with ranks, with models.
-ELSEWHERE = {"docs/distributed.md": "tests/integrations/distributed/worker.py"}
+ELSEWHERE = {
+    "docs/distributed.md": "tests/integrations/distributed/worker.py",
+    "docs/integrations.md": "tests/integrations/test_docs.py",
+}
 # What a page's first block takes for granted.
 GIVEN = {
     "docs/design.md": """

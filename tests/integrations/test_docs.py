@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_snippets(device: str, encoder: Path, writer: Path, request: pytest.FixtureRequest) -> None:
     request.addfinalizer(sdpa.restore)
-    blocks = re.findall(r"(<!-- needs a GPU -->\n)?```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    blocks = re.findall(r"(<!-- example: gpu -->\n)?```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert len(blocks) == 8
     scope = {
         "folder": str(encoder), "writer": str(writer), "device": device,
