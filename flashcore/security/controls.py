@@ -20,7 +20,7 @@ from flashcore.testing.mutants import Mutant, plant
 
 
 @dataclass(frozen=True, slots=True)
-class _Beside(Mutant):
+class Beside(Mutant):
     """A fault in a module that imports its neighbours, which the copy does not have."""
 
     def source(self) -> str:
@@ -63,14 +63,14 @@ CONTROLS: dict[str, dict[str, Mutant]] = {
         ),
     },
     "hopper": {
-        "rescale": _Beside(
+        "rescale": Beside(
             "conditional rescale, hopper",
             _HOPPER,
             "acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, out_layout), assert_trivial=True)[:, None]",
             """if gl.max(base - m, 0) > 8.0:
             acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, out_layout), assert_trivial=True)[:, None]""",
         ),
-        "mask": _Beside(
+        "mask": Beside(
             "skipped mask, hopper",
             _HOPPER,
             "                s = _apply_mask(s, mask, qk_scale if cap is None else 1.0)",
@@ -78,13 +78,13 @@ CONTROLS: dict[str, dict[str, Mutant]] = {
                     s = gl.exp2(s)
                 s = _apply_mask(s, mask, qk_scale if cap is None else 1.0)""",
         ),
-        "length": _Beside(
+        "length": Beside(
             "length of data, hopper",
             _HOPPER,
             "seqlen_k = _used(seqused_k, batch, longest_k)",
             "seqlen_k = gl.minimum(_used(seqused_k, batch, longest_k), gl.load(lse).to(gl.int32))",
         ),
-        "pointer": _Beside(
+        "pointer": Beside(
             "length from data, hopper",
             _HOPPER,
             "seqlen_k = _used(seqused_k, batch, longest_k)",
