@@ -1,7 +1,8 @@
 """`flashcore audit sass`: does anything that the kernels execute, or any address, depend on the data?
 
-Compiles every shipped variant and follows q, k and v through the machine code (taint.py says how). Needs no GPU. Each
-architecture's kernels are audited a second time with a branch on data planted in them, which must be found.
+Compiles every shipped variant and follows q, k, v and masks through the machine code (taint.py says how; which loads
+give lengths, provenance.py). Needs no GPU. Each architecture's kernels are audited again with branches on data planted
+in them, which must be found. `flashcore audit timing` is in timing.py.
 """
 
 from __future__ import annotations
@@ -111,8 +112,15 @@ def _version(program: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 when something is tainted, could not be read, or a control was missed."""
     parser = argparse.ArgumentParser(prog="flashcore audit", description="Does execution depend on the data?")
-    kinds = parser.add_subparsers(required=True, metavar="sass")
+    kinds = parser.add_subparsers(required=True, metavar="sass | timing")
     options = kinds.add_parser("sass", help="the machine code of every shipped variant; needs no GPU")
+    kinds.add_parser("timing", help="the time of the kernels on this GPU", add_help=False)
+    if argv is None:
+        argv = sys.argv[1:]
+    if argv[:1] == ["timing"]:
+        from flashcore.security import timing
+
+        return timing.main(argv[1:])
     options.add_argument("--arch", type=int, nargs="+", choices=sorted(TARGETS), default=sorted(TARGETS))
     options.add_argument("--quick", action="store_true", help="one variant of each kernel, schedule and mask")
     options.add_argument("--jobs", type=int, help="processes; one for each core")

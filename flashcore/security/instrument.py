@@ -14,7 +14,7 @@ from types import ModuleType
 
 from flashcore.launch.binding import Binding, Pointer
 from flashcore.security.controls import CONTROLS, Beside
-from flashcore.testing.mutants import Mutant, plant
+from flashcore.testing.mutants import plant
 
 CYCLES = "cycles"  # the parameter, int64 [blocks]
 
@@ -59,13 +59,13 @@ _INSERTED = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Timed(Mutant):
+class _Timed(Beside):
     """A mutant with the clock reads in it as well; for none, its fragment stands for itself."""
 
     inserted: tuple[tuple[str, str], ...] = ()
 
     def source(self) -> str:
-        text = Beside.source(self) if self.file == CONTROLS["hopper"]["rescale"].file else Mutant.source(self)
+        text = Beside.source(self)
         for old, new in self.inserted:
             if text.count(old) != 1:
                 raise ValueError(f"{self.name}: {text.count(old)} times in {self.file}: {old!r}")
@@ -85,6 +85,10 @@ def timed(binding: Binding, kernel: str, control: str = "") -> Binding:
 
 @cache
 def _module(kernel: str, control: str) -> ModuleType:
+    return plant(_copy(kernel, control))
+
+
+def _copy(kernel: str, control: str) -> _Timed:
     fault = CONTROLS[kernel][control or "rescale"]
     new = fault.new if control else fault.old
-    return plant(_Timed(f"timed {fault.name if control else kernel}", fault.file, fault.old, new, _INSERTED[kernel]))
+    return _Timed(f"timed {fault.name if control else kernel}", fault.file, fault.old, new, _INSERTED[kernel])

@@ -20,9 +20,9 @@ from pathlib import Path
 # A set of registers is an integer, one bit a register: R0.., P0.., UR0.., UP0.., B0.. (convergence barriers), and
 # where a compiler keeps what it has no register for: L0.., words of the thread's own stack, and K0.., the single bits
 # of registers in which predicates are packed, 32 for each such register.
-_COUNTS = {"R": 256, "P": 16, "UR": 128, "UP": 16, "B": 16, "L": 128, "K": 256}
-_FIRST = {"R": 0, "P": 256, "UR": 272, "UP": 400, "B": 416, "L": 432, "K": 560}
-BITS = 816
+_COUNTS = {"R": 256, "P": 16, "UR": 128, "UP": 16, "B": 16, "L": 512, "K": 256}
+_FIRST = {"R": 0, "P": 256, "UR": 272, "UP": 400, "B": 416, "L": 432, "K": 944}
+BITS = 1200
 _STACK_POINTER = 1 << 1
 _REGISTER = re.compile(r"\b(UR|UP|R|P|B)(\d+)\b")
 PREDICATES = (0xFFFF << _FIRST["P"]) | (0xFFFF << _FIRST["UP"])
