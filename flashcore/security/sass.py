@@ -164,6 +164,8 @@ def decode(text: str, offset: int = 0) -> Instruction:
     for i, operand in enumerate(operands):
         width = _width(opcode, modifiers, operands, i)
         registers = _registers(operand, width)
+        if operand.startswith("gdesc[") and i == 2:  # the first matrix is in registers, and its descriptor in none
+            registers &= ~_registers(operand, 2)
         if operand == "PR":  # those of the mask at the end
             registers = (int(operands[-1], 16) & 0x7F) << _FIRST["P"]
         if i < written:
@@ -292,7 +294,7 @@ def _width(opcode: str, modifiers: list[str], operands: list[str], i: int) -> in
     if opcode in ("UTMALDG", "UTMASTG"):
         return 8 if i == 0 else 2  # address, barrier and up to five coordinates; the descriptor's address
     if operand.startswith("gdesc["):
-        return 4  # of both matrices, the first's unused where that one is in registers
+        return 4  # of both matrices
     if operand.startswith("desc[") or ".64" in operand:
         return 2
     if "[" in operand or _PLAIN_PREDICATE.match(operand.lstrip("!")):

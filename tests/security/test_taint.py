@@ -85,6 +85,15 @@ def test_data_flows_through_guards_carries_packed_predicates_and_lanes() -> None
     assert found(DATA, "LOP3.LUT P2, R5, R0, 0x7, RZ, 0xc0, !PT", use)
 
 
+def test_a_matrix_in_registers_has_no_descriptor() -> None:
+    """What compilers leave in the place of its descriptor is whatever was there."""
+    both, second = "HGMMA.64x64x16.F32 R24, gdesc[UR4], R24", "HGMMA.64x64x16.F32 R88, R24, gdesc[UR4].tnspB, R88"
+    for register, expected in (("UR4", [both]), ("UR5", [both]), ("UR6", [both, second]), ("UR7", [both, second])):
+        for product in (both, second):
+            seen = [f.kind for f in found(DATA, f"R2UR {register}, R0", product)]
+            assert seen == (["address"] if product in expected else [])
+
+
 def test_one_register_pair_of_the_descriptor_without_data_is_enough() -> None:
     data = [DATA, "ULDC.64 UR4, c[0x0][0x118]", "R2UR UR5, R0"]
     assert not found(*data, "ULDC.64 UR8, c[0x0][0x118]", "LDG.E R8, [R20.64]")

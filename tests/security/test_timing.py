@@ -63,14 +63,15 @@ def test_a_rising_maximum_rises_in_every_tile_and_a_falling_one_in_the_first_alo
 
 def measured(slower: float, pair: str = "zeros/random") -> leakage.Leak:
     """Of a stand-in whose blocks take `slower` times as long on zeros."""
-    inputs, noise = shown(SMALL), generator()
+    many = Sizes(64, 16, 2, 8, 8)
+    inputs, noise = shown(many), generator()
 
     def run() -> torch.Tensor:
         is_zero = (inputs[1] == 0).flatten(2).all(2).flatten()
         cycles = torch.randn(is_zero.shape, generator=noise) * 100 + 10_000
         return (cycles * torch.where(is_zero, slower, 1.0)).long()
 
-    samples = timing.inside(run, inputs, PAIRS[pair], SMALL, 50_000, generator())
+    samples = timing.inside(run, inputs, PAIRS[pair], many, 50_000, generator())
     assert samples.values.shape == samples.classes.shape
     assert 0.49 < samples.classes.mean() < 0.51 and samples.classes.std(0).min() > 0, "drawn anew for each launch"
     return leakage.compare(*samples)
