@@ -56,7 +56,7 @@ def fixed_random(sizes: Sizes, generator: torch.Generator) -> tuple[Inputs, Inpu
 def rising_falling(sizes: Sizes, generator: torch.Generator) -> tuple[Inputs, Inputs]:
     """Scores that rise from key to key, so that every tile raises the maximum, and the same keys the other way round.
 
-    Between two tiles of 64 keys of 256 a score grows by more than 100 in units of log2.
+    From one tile of 64 keys of 512 to the next a score grows by more than 50 in units of log2.
     """
     q, k, v = _random(sizes, generator)
     level = torch.linspace(-20, 20, sizes.seqlen_k, device=k.device, dtype=k.dtype)[:, None]

@@ -41,7 +41,7 @@ from flashcore.security import leakage
 from flashcore.security.classes import PAIRS, Draw, Inputs, Sizes
 from flashcore.security.leakage import Leak
 
-INSIDE = Sizes(256, 8, 64, 256, 64)  # a block for each (batch, head), two or more tiles of keys each
+INSIDE = Sizes(128, 8, 64, 512, 64)  # a block for each (batch, head), four or more tiles of keys each
 WHOLE = Sizes(32, 8, 256, 256, 64)
 BATCHES = (1, 8, 32)
 IN_BATCH = Sizes(32, 8, 512, 512, 64)
@@ -50,6 +50,7 @@ SHORT = 64  # keys of the sequence whose length is compared with a full one's
 REFRESH = 64  # launches on the same drawn values
 GROUP = 32  # wall times between two waits for the GPU, half of them of each class
 CALLS = 10  # in a graph
+DEVICE = "cuda"
 UNGATED = {("wall", "zeros/random")}  # what they differ by comes from power, and is published
 
 Record = dict[str, Any]
@@ -79,7 +80,7 @@ def inside(
     for launch in range(-REFRESH, launches):  # the first ones warm up
         if launch % REFRESH == 0:
             zero, one = draw(sizes, generator)
-        is_one = classes[launch].view(sizes.batch, sizes.heads, 1, 1)
+        is_one = classes[launch % launches].view(sizes.batch, sizes.heads, 1, 1)
         for place, of_zero, of_one in zip(shown, zero, one, strict=True):
             torch.where(is_one, of_one, of_zero, out=place)
         cycles = run()
@@ -90,9 +91,11 @@ def inside(
 
 def wall(
     show: Callable[[bool], object], replay: Callable[[], object], measurements: int, generator: torch.Generator,
-    device: clocks.Device | None = None,
+    device: clocks.Device | None = None, *, calls: int = CALLS,
 ) -> Samples:
-    """The times of `replay`, in microseconds, at least `measurements` of each class, after `show` has set the class."""
+    """At least `measurements` of each class of the time of `replay`, which makes `calls` calls, in microseconds a call;
+    `show` sets the class.
+    """
     device = device or clocks.Cuda()
     events = [(device.event(), device.event()) for _ in range(GROUP)]
     values, classes = [], []
@@ -106,7 +109,7 @@ def wall(
             end.record()
         device.synchronize()
         if group >= 0:
-            values.append([start.elapsed_time(end) * 1e3 for start, end in events])
+            values.append([start.elapsed_time(end) * 1e3 / calls for start, end in events])
             classes.append(order)
     return Samples(values, classes)
 
@@ -118,7 +121,7 @@ class Kernel:
         from flashcore.launch import packet
 
         def zeros(shape: tuple[int, ...]) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float16, device="cuda")
+            return torch.zeros(shape, dtype=torch.float16, device=DEVICE)
 
         self.inputs: Inputs = zeros(sizes.query), zeros(sizes.key), zeros(sizes.key)
         self._tensors = dict(zip("qkv", self.inputs, strict=True)) | {"o": zeros(sizes.query)} | more
@@ -175,7 +178,7 @@ class Run:
         self._deadline = time.monotonic() + seconds
         self._measurements, self._walls = measurements, walls
         self._target = targets.current(torch.cuda.current_device())
-        self._generator = torch.Generator(device="cuda").manual_seed(seed)
+        self._generator = torch.Generator(device=DEVICE).manual_seed(seed)
         self._order = torch.Generator().manual_seed(seed)
         self.record: Record = {
             "schema": 1, "kind": "audit-timing", "complete": False, "environment": machine.environment(),
@@ -218,7 +221,7 @@ class Run:
         for control, names in (("", tuple(PAIRS)), ("rescale", ("rising/falling",))):
             blocks = math.prod(binding.grid)
             assert blocks == INSIDE.batch * INSIDE.heads, binding.grid
-            cycles = torch.zeros(blocks, dtype=torch.int64, device="cuda")
+            cycles = torch.zeros(blocks, dtype=torch.int64, device=DEVICE)
             timed = Kernel(
                 instrument.timed(binding, kernel, control), self._target, INSIDE, **{instrument.CYCLES: cycles}
             )
@@ -270,11 +273,11 @@ class Run:
             problem = problem_of(sizes, seqused_k=by_length)
             config = select.select(problem, self._target)
             binding = launcher.bind(problem, config, sizes.head_dim**-0.5, self._target)
-            used = torch.full((sizes.batch,), sizes.seqlen_k, dtype=torch.int32, device="cuda")
+            used = torch.full((sizes.batch,), sizes.seqlen_k, dtype=torch.int32, device=DEVICE)
             kernel = Kernel(binding, self._target, sizes, seqused_k=used)
             _, others = PAIRS["zeros/random"](sizes, self._generator)
             kernel.show(others)
-            lengths = torch.tensor([SHORT, sizes.seqlen_k], dtype=torch.int32, device="cuda")
+            lengths = torch.tensor([SHORT, sizes.seqlen_k], dtype=torch.int32, device=DEVICE)
             first = replace(sizes, batch=1)
             both = None if by_length else PAIRS[name](first, self._generator)
 
