@@ -77,8 +77,9 @@ def compare(values: Array, classes: Array) -> Leak:
     interval = whole.confidence_interval(CONFIDENCE)
     difference = float(centred[classes].mean() - centred[~classes].mean())
     cropped = {}
-    for percentile in PERCENTILES[1:]:
-        kept = centred <= numpy.percentile(centred, percentile)
+    bounds = numpy.percentile(centred, PERCENTILES[1:])
+    for percentile, bound in zip(PERCENTILES[1:], bounds, strict=True):
+        kept = centred <= bound
         cropped[f"{percentile:g}"] = float(_welch(centred[kept], classes[kept]).statistic)
     deviation = float(centred.std())
     needed = 2 * (T_LIMIT * deviation / difference) ** 2 if difference else None

@@ -49,6 +49,7 @@ SHORT = 64  # keys of the sequence whose length is compared with a full one's
 
 REFRESH = 64  # launches on the same drawn values
 GROUP = 32  # wall times between two waits for the GPU, half of them of each class
+WARM_UP = 10  # such groups before the first that counts: an idle GPU takes a while to reach its clock
 CALLS = 10  # in a graph
 DEVICE = "cuda"
 UNGATED = {("wall", "zeros/random")}  # what they differ by comes from power, and is published
@@ -99,7 +100,7 @@ def wall(
     device = device or clocks.Cuda()
     events = [(device.event(), device.event()) for _ in range(GROUP)]
     values, classes = [], []
-    for group in range(-1, math.ceil(2 * measurements / GROUP)):
+    for group in range(-WARM_UP, math.ceil(2 * measurements / GROUP)):
         order = (torch.randperm(GROUP, generator=generator) < GROUP // 2).tolist()
         for is_one, (start, end) in zip(order, events, strict=True):
             show(is_one)
