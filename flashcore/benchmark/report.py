@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashcore.benchmark import guide_text, peers_text, plots, results, validation_text
+from flashcore.benchmark import guide_text, peers_text, plots, results, security_text, validation_text
 from flashcore.benchmark.markdown import table as _table
 from flashcore.benchmark.markdown import times as _times
 from flashcore.benchmark.results import headline as _headline
@@ -307,6 +307,8 @@ def _nine_row(case: Record) -> tuple[str, ...]:
 
 BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
     "nine": nine, "clocks": guide_text.clocks, "host": guide_text.host, "behind": guide_text.behind,
+    "nine": nine, "audit_sass": security_text.audit_sass, "timing": security_text.timing,
+    "timing_batch": security_text.timing_batch,
 }  # fmt: skip
 
 
