@@ -4,14 +4,18 @@
 
 A peer that isn't installed, refuses a shape, fails the error gate, raises, hangs or takes the GPU down loses its own
 figures and nothing else: the measuring runs in a process of its own (isolation.py), which is started again where it
-stopped. With --json, an interrupted run is taken up again by the same command.
+stopped. With --json, an interrupted run is taken up again by the same command. Several suites make one record, in which
+each case names its suites; with --jobs, what is compiled for them is compiled by so many processes beforehand.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +29,9 @@ from flashcore.benchmark.terminal import Terminal
 from flashcore.measure import machine
 
 # torch's default is one of its backends below, and its math path takes memory quadratic in the length
-BESIDE = ("sdpa-flash", "sdpa-cudnn", "triton-plain", "fa4", "fa3", "fa2", "flex", "flashinfer", "xformers",
-          "sdpa-efficient")  # fmt: skip
+BESIDE = ("sdpa-flash", "sdpa-cudnn", "triton-plain", "fa4", "fa3", "fa2", "flex", "varlen", "flashinfer",
+          "xformers", "sdpa-efficient")  # fmt: skip
+COMPILED = ("flashcore", "flashcore-portable", "flashcore-hopper", "triton-plain", "fa4", "flex")  # for each shape
 OURS = ("flashcore", "flashcore-portable", "flashcore-hopper")
 NAMES = (*OURS, "sdpa", *BESIDE, "sdpa-math")
 
@@ -37,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     shapes = _shapes(options)
     if options.worker:
         measure(shapes, options, options.worker)
+        return 0
+    if options.compile:
+        compile_ahead(shapes[options.compile[0] :: options.compile[1]], options.peers)
         return 0
     if not torch.cuda.is_available():
         print("compare_peers: this measures on a CUDA GPU, and there is none here", file=sys.stderr)
@@ -70,7 +78,9 @@ def supervised(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         Writer(path)(header=header)
-    command = [sys.executable, "-m", "flashcore.benchmark.compare_peers", *arguments, "--worker", str(path)]
+    command = [sys.executable, "-m", "flashcore.benchmark.compare_peers", *arguments]
+    deadline = time.monotonic() + options.budget
+    compiling_s = _compile_in_processes(command, options.jobs, options.patience, deadline)
     with Terminal(len(shapes), "measuring") as terminal:
         for text in peers_text.head(protocol):
             terminal.line(text)
@@ -85,18 +95,63 @@ def supervised(
 
         for case in Journal.read(path).cases.values():
             heard(case)
-        finished = supervise(command, path, patience_s=options.patience, budget_s=options.budget, heard=heard)
+        finished = supervise(
+            [*command, "--worker", str(path)], path, patience_s=options.patience,
+            budget_s=deadline - time.monotonic(), heard=heard,
+        )  # fmt: skip
     journal = Journal.read(path)
+    suites = {} if options.shape else {name: [s.label for s in SUITES[name]] for name in options.suite}
+    for label, case in journal.cases.items():
+        case["suites"] = [name for name, labels in suites.items() if label in labels]
     return {
         "kind": "peers",
-        "suite": " ".join(options.suite) if not options.shape else "own",
+        "suite": " ".join(suites) or "own",
+        "suites": {name: all(label in journal.cases for label in labels) for name, labels in suites.items()},
         "complete": finished and len(journal.cases) == len(shapes),
         "environment": journal.facts.get("environment") or machine.environment(),
         "protocol": protocol,
+        "compiling_s": compiling_s,
         "ceilings": journal.facts.get("ceilings"),
         "faults": [[case, who, why] for (case, who), why in journal.faults.items()],
         "cases": list(journal.cases.values()),
     }
+
+
+def _compile_in_processes(command: Sequence[str], jobs: int, patience_s: float, deadline: float) -> float:
+    """Have `jobs` processes compile before anything is timed. Returns the seconds that it took.
+
+    Compilers keep what they made on disk, where the measuring process finds it. What goes wrong here goes wrong again
+    there, and is reported there.
+    """
+    started = time.monotonic()
+    deadline = min(deadline, started + patience_s)
+    processes = [
+        subprocess.Popen([*command, "--compile", f"{i}/{jobs}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for i in range(jobs)
+    ]
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    return time.monotonic() - started
+
+
+def compile_ahead(shapes: Sequence[Shape], names: Sequence[str]) -> None:
+    """Call every contestant that compiles for a shape once, without a look at what it says."""
+    from flashcore.benchmark import peers
+
+    for shape in shapes:
+        inputs = shape.inputs()
+        for name in ("flashcore", *names):
+            if name in COMPILED:
+                with contextlib.suppress(Exception):
+                    peers.ALL[name].require(shape)
+                    prepared = peers.ALL[name].prepare(shape, *inputs)
+                    with prepared.context():
+                        prepared.call()
+                    torch.cuda.synchronize()
 
 
 def measure(shapes: Sequence[Shape], options: argparse.Namespace, path: Path) -> None:
@@ -163,6 +218,11 @@ def _sizes(text: str) -> list[int]:
     return [int(size) for size in sizes]
 
 
+def _part(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    return int(index), int(count)
+
+
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m flashcore.benchmark.compare_peers", description="FlashCore beside every peer, on device time."
@@ -181,6 +241,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--patience", type=float, default=150, metavar="S", help="a peer silent for so long hangs (150)"
     )
+    parser.add_argument("--jobs", type=int, default=0, metavar="N", help="compile in N processes first (0)")
+    parser.add_argument("--compile", type=_part, help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     options.peers = list(dict.fromkeys(options.peers))

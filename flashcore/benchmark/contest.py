@@ -19,7 +19,7 @@ from flashcore.testing import gates
 REPLAYS = 30
 ATTEMPTS = 3  # to time what is left after a contestant failed while it was timed
 
-Inputs = tuple[Tensor, Tensor, Tensor]
+Inputs = tuple[Tensor, ...]  # q, k, v, and the bias where the shape has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,15 @@ class Admission:
     """Whether a contestant may be timed, and why not.
 
     status: "ok", "missing" (not installed), "refused" (doesn't serve the shape), "wrong" (failed the error gate),
-    "failed" (raised). `errors` are the gate's figures: name -> value and limit.
+    "failed" (raised). `errors` are the gate's figures: name -> value and limit. `memory_bytes`: the most that a call
+    held at once of torch's memory beyond its inputs, the output included; None without a GPU.
     """
 
     status: str
     reason: str
     errors: dict[str, dict[str, float]]
     prepared: Prepared | None = None
+    memory_bytes: int | None = None
 
     def as_json(self, peer: Peer) -> dict[str, Any]:
         return {
@@ -41,6 +43,7 @@ class Admission:
             "reason": self.reason,
             "version": machine.installed(peer.distribution),
             "errors": self.errors,
+            **({} if self.memory_bytes is None else {"memory_bytes": self.memory_bytes}),
         }
 
 
@@ -50,13 +53,20 @@ def admit(peer: Peer, shape: Shape, inputs: Inputs) -> Admission:
     Raises:
         torch.AcceleratorError or RuntimeError: the CUDA context is lost; nothing in this process can be timed any more.
     """
-    q, k, v = inputs
+    q, k, v, *bias = inputs
+    memory = None
     try:
-        prepared = peer.prepare(shape, q, k, v)
+        peer.require(shape)
+        prepared = peer.prepare(shape, *inputs)
         poison(q)
         with prepared.context():
             out = prepared.output(prepared.call())
-        verdict = gates.check(out, q, k, v, is_causal=shape.is_causal)
+            if q.is_cuda:
+                memory = peak_memory(prepared.call)
+        options = shape.gate(q.device)
+        if bias:
+            options["attn_mask"] = bias[0]
+        verdict = gates.check(out, q, k, v, **options)
     except ImportError as missing:
         return Admission("missing", peer.install or str(missing), {})
     except (NotServedError, NotImplementedError) as refusal:
@@ -67,13 +77,22 @@ def admit(peer: Peer, shape: Shape, inputs: Inputs) -> Admission:
     errors = {figure.name: {"value": figure.value, "limit": figure.limit} for figure in verdict.figures}
     if not verdict.passed:
         return Admission("wrong", verdict.failures, errors)
-    return Admission("ok", "", errors, prepared)
+    return Admission("ok", "", errors, prepared, memory)
 
 
 def _require_context() -> None:
     """Raises again where an error was one of the GPU's: those are final for the whole process."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """The most bytes of torch's memory that a call holds at once, beyond what was held before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def poison(like: Tensor) -> None:

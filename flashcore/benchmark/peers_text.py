@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from flashcore.benchmark.shapes import Shape
+from flashcore.benchmark import results
+from flashcore.benchmark.shapes import SUITES, Shape
 from flashcore.benchmark.terminal import us
 from flashcore.measure import machine
 from flashcore.measure.statistics import Interval, geometric_mean
@@ -46,6 +49,60 @@ def ratios(record: Record, clock: str) -> list[float]:
     return [found.value for case in record["cases"] if (found := ratio(case, clock))]
 
 
+def of_suite(record: Record, suite: str) -> Record | None:
+    """A record's cases of one suite, as a record; None where the suite was not asked for.
+
+    It is complete when every case of that suite is there, whatever became of the others.
+    """
+    names = record["suite"].split()
+    if suite not in names:
+        return None
+    if "suites" not in record:  # one suite a file, as the first records were
+        return record if names == [suite] else None
+    order = {shape.label: place for place, shape in enumerate(SUITES.get(suite, ()))}
+    cases = [case for case in record["cases"] if suite in case["suites"]]
+    cases.sort(key=lambda case: order.get(case["case"], len(order)))
+    return {**record, "suite": suite, "complete": record["suites"][suite], "cases": cases}
+
+
+def newest(folder: Path, suite: str) -> dict[str, Record]:
+    """GPU -> the newest complete run of a suite."""
+    return results.newest(folder, "peers", part=lambda record: of_suite(record, suite))
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """FlashCore on one case beside something on another case of the same record; medians of both, no interval."""
+
+    shape: Shape
+    other: Shape
+    what: str
+    ratio: float
+
+
+def across(record: Record) -> list[Beside]:
+    """Comparisons that need two cases.
+
+    Sequences of different lengths: the best peer on the same batch as if it had no padding, divided by FlashCore's time
+    with lengths. Odd lengths: FlashCore's time for a score divided by that at the next multiple of 64.
+    """
+    cases = {Shape(**case["shape"]): case for case in record["cases"]}
+    found = []
+    for shape, case in cases.items():
+        ours, full = figure(case, "flashcore"), replace(shape, lengths="")
+        if ours is None:
+            continue
+        if shape.lengths and full in cases and (best := best_peer(cases[full])):
+            theirs = figure(cases[full], best)
+            assert theirs is not None
+            found.append(Beside(shape, full, f"{best} on the padded batch without lengths / FlashCore", theirs / ours))
+        longer = replace(shape, seqlen=-(-shape.seqlen // 64) * 64)
+        if longer != shape and longer in cases and (even := figure(cases[longer], "flashcore")):
+            cost = ours / shape.scores / (even / longer.scores)
+            found.append(Beside(shape, longer, f"time per score / that of {longer.label}", cost))
+    return found
+
+
 def passed(record: Record) -> bool:
     """Whether FlashCore computed every case, rightly."""
     return all(case["contestants"]["flashcore"]["status"] == "ok" for case in record["cases"])
@@ -60,7 +117,7 @@ def head(protocol: Record) -> Iterator[str]:
     names = protocol["contestants"]
     yield f"FLASHCORE AND ITS PEERS: µs per call on the gpu clock ({protocol['name']}); ratio = best peer / FlashCore"
     columns = " ".join(f"{name:>{_width(name)}}" for name in names)
-    line = f"{'Shape':<20} {'L2':<5}{columns} {'Ratio':>7} {'TFLOP/s':>8}  Best peer"
+    line = f"{'Shape':<28} {'L2':<5}{columns} {'Ratio':>7} {'TFLOP/s':>8}  Best peer"
     yield line
     yield "-" * len(line)
 
@@ -74,7 +131,7 @@ def rows(case: Record, protocol: Record) -> Iterator[str]:
         columns = " ".join(us(figure(case, name, clock), _width(name)) for name in protocol["contestants"])
         times, done = ratio(case, clock), tflops(case, clock)
         yield (
-            f"{label if clock == 'gpu_warm' else '':<20} {title:<5}{columns} "
+            f"{label if clock == 'gpu_warm' else '':<28} {title:<5}{columns} "
             f"{'-' if times is None else f'{times.value:.2f}x':>7} {'-' if done is None else f'{done:.0f}':>8}  "
             f"{best_peer(case, clock) or '-'}"
         )
@@ -90,6 +147,8 @@ def rest(record: Record) -> Iterator[str]:
                 f"{title}: the best peer takes {geometric_mean(values):.3f}x as long (geometric mean over "
                 f"{len(values)}; {min(values):.2f}x to {max(values):.2f}x; FlashCore ahead on {ahead})"
             )
+    for beside in across(record):
+        yield f"{beside.shape.label}: {beside.what}: {beside.ratio:.2f}x"
     if found := record["ceilings"]:
         yield (
             f"ceilings: matmul {found['matmul_tflops']:.0f} TFLOP/s, copy in L2 {found['l2_copy_tb_s']:.2f} TB/s, "

@@ -61,6 +61,7 @@ STYLES = {
     "fa3": Style("#CC79A7", "<", "--"),
     "fa2": Style("#CC79A7", ">", ":"),
     "flex": Style("#000000", "X"),
+    "varlen": Style("#009E73", "$V$", "--"),
     "flashinfer": Style("#000000", "P", "--"),
     "xformers": Style("#000000", "d", ":"),
 }
@@ -234,9 +235,8 @@ def roof(shape: Shape, ceilings: dict[str, float], clock: str) -> float:
 
     Warm, they move at the speed of copies inside the L2, and cold through HBM, as `measure.ceilings` measured both.
     """
-    output = shape.batch * shape.heads * shape.seqlen * shape.head_dim * shape.torch_dtype.itemsize
     bandwidth = ceilings["l2_copy_tb_s" if clock == "gpu_warm" else "hbm_copy_tb_s"]
-    return min(ceilings["matmul_tflops"], shape.flops * bandwidth / (shape.input_bytes + output))
+    return min(ceilings["matmul_tflops"], shape.flops * bandwidth / (shape.input_bytes + shape.output_bytes))
 
 
 def _axis(panel: Axes, at: Sequence[Place]) -> None:
@@ -316,9 +316,7 @@ def save(record: Record, folder: Path) -> Path:
 
 def newest(root: Path) -> list[Record]:
     """The newest complete run of every suite and GPU."""
-    return [
-        record for suite in SUITES for record in results.newest(root / "results", "peers", suite=suite).values()
-    ]
+    return [record for suite in SUITES for record in peers_text.newest(root / "results", suite).values()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -200,16 +200,23 @@ def _correctness_row(case: Record) -> tuple[str, ...]:
 SUITE_TITLES = {
     "nine": "The nine configurations",
     "mid": "S = 1024 and 2048",
-    "causal": "Causal",
+    "short": "Every length up to 1024",
+    "odd": "Odd lengths",
     "b1": "One sequence",
     "dims": "Other head dimensions",
+    "causal": "Causal",
+    "gqa": "Shared key heads, causal, D=128, bf16",
+    "window": "Windows",
+    "bias": "Additive bias",
+    "padded": "Padded batches: lengths uniform in S/4 to S",
+    "varlen": "Packed sequences: lengths uniform in S/4 to S",
     "long": "Long sequences: 16k tokens in all",
 }
 
 
 def peers_report(folder: Path) -> Iterator[str]:
     """docs/validation/PEERS.md: one part a GPU and suite. No lines without a record."""
-    found = {suite: results.newest(folder, "peers", suite=suite) for suite in SUITE_TITLES}
+    found = {suite: peers_text.newest(folder, suite) for suite in SUITE_TITLES}
     gpus = sorted({gpu for records in found.values() for gpu in records})
     if not gpus:
         return
@@ -256,6 +263,10 @@ def _suite(title: str, record: Record) -> Iterator[str]:
         yield ""
         rows = [_peer_row(case, names, clock, ceilings) for case in record["cases"]]
         yield from _table(("Shape", *names, "Ratio (95%)", "TFLOP/s", "of matmul"), rows)
+    for beside in peers_text.across(record):
+        yield f"- {beside.shape.label}: {beside.what}: {beside.ratio:.2f}x"
+    if peers_text.across(record):
+        yield ""
     left = list(peers_text.left_out(record))
     if left:
         yield "Without figures:"
@@ -287,7 +298,7 @@ def _headline(records: dict[str, Record]) -> Record | None:
 def nine(folder: Path) -> Iterator[str]:
     """The README's table: what a caller sees, and device time beside the best peer."""
     validation = _headline(results.newest(folder, "validation"))
-    peers = _headline(results.newest(folder, "peers", suite="nine"))
+    peers = _headline(peers_text.newest(folder, "nine"))
     if validation:
         cases = validation["cases"]
         medians = [p50 for case in cases if (p50 := validation_text.per_sequence(case, "p50")) is not None]

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,14 +81,16 @@ def read(path: Path) -> dict[str, Any]:
     return record
 
 
-def newest(folder: Path, kind: str, **fields: Any) -> dict[str, dict[str, Any]]:
-    """GPU -> the newest complete record of this kind whose top-level fields have these values."""
+def newest(
+    folder: Path, kind: str, part: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda record: record
+) -> dict[str, dict[str, Any]]:
+    """GPU -> the newest complete record of this kind, or of the part of one that `part` picks (None: has it not)."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
-        record = read(path)
-        gpu = record["environment"]["gpu"]
-        fits = record["kind"] == kind and record.get("complete", True) and gpu is not None
-        if fits and all(record.get(name) == value for name, value in fields.items()):
+        whole = read(path)
+        record = part(whole) if whole["kind"] == kind else None
+        gpu = whole["environment"]["gpu"]
+        if record is not None and record.get("complete", True) and gpu is not None:
             before = found.get(gpu)
             if before is None or before["environment"]["recorded"] <= record["environment"]["recorded"]:
                 found[gpu] = {**record, "file": path.name}

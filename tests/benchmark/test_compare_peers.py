@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from flashcore.benchmark import compare_peers, peers_text, results, sweep
 from flashcore.benchmark.isolation import Journal, Writer
+from flashcore.benchmark.peers import ALL, Peer, Prepared
 from flashcore.benchmark.shapes import NINE, SUITES, Shape
 from flashcore.core.config import Config
 from flashcore.tuning import lookup
@@ -121,6 +124,93 @@ def test_shapes() -> None:
     json.dumps([shape.as_json() for shape in NINE])
 
 
+def test_shapes_with_features() -> None:
+    packed, padded = (Shape(32, 12, 256, 64, lengths=kind) for kind in ("packed", "padded"))
+    assert packed.sequence_lengths == padded.sequence_lengths and min(packed.sequence_lengths) >= 64
+    assert max(packed.sequence_lengths) <= 256 and len(set(packed.sequence_lengths)) > 10
+    assert packed.scores == padded.scores == sum(n * n for n in packed.sequence_lengths)
+    assert packed.input_bytes == 3 * packed.output_bytes == 3 * sum(packed.sequence_lengths) * 12 * 64 * 2
+    assert Shape(2, 2, 8, 8, bias=2).input_bytes == 2 * (3 * 2 * 2 * 8 * 8 + 2 * 2 * 8 * 8)
+    assert Shape(1, 1, 5, 8, window=(1, 0)).scores == 1 + 2 * 4 and Shape(1, 1, 5, 8, window=(1, 1)).scores == 13
+    assert Shape(1, 1, 5, 8, window=(-1, 0)).scores == Shape(1, 1, 5, 8, True).scores == 15
+    assert Shape(2, 8, 64, 64, bias=1, softcap=5.0).label == "S64 B2 softcap5 bias1"
+    assert Shape(2, 8, 64, 64, window=(32, -1)).label == "S64 B2 window32,-1" and padded.label.endswith("H12 padded")
+    for shape in (packed, Shape(2, 8, 64, 64, window=(32, 0)), Shape(2, 8, 64, 64, bias=2)):
+        assert Shape(**json.loads(json.dumps(shape.as_json()))) == shape
+    for wrong in ({"bias": 3}, {"lengths": "ragged"}, {"is_causal": True, "window": (4, 0)},
+                  {"is_causal": True, "lengths": "padded"}, {"bias": 1, "lengths": "packed"}):  # fmt: skip
+        with pytest.raises(ValueError, match=r"^(bias|lengths|window): "):
+            Shape(2, 8, 64, 64, **wrong)  # type: ignore[arg-type]
+
+
+def test_packing_is_undone() -> None:
+    shape = Shape(3, 2, 16, 8, lengths="packed")
+    q = shape.inputs("cpu")[0]
+    packed = shape.pack(q)
+    assert packed.shape == (sum(shape.sequence_lengths), 2, 8) and packed.is_contiguous()
+    starts = shape.cu_seqlens(q.device).tolist()
+    assert starts[-1] == len(packed)
+    assert torch.equal(packed[starts[1] : starts[2]], q[1, :, : shape.sequence_lengths[1]].transpose(0, 1))
+    used = shape.in_use(q.device)[:, None, :, None]
+    assert torch.equal(shape.unpack(packed), q.masked_fill(~used, 0.0))
+
+
+def test_one_record_of_several_suites() -> None:
+    shapes = list(dict.fromkeys([*SUITES["padded"], *SUITES["odd"]]))
+    record = records.peers("padded odd", shapes) | {"suites": {"padded": True, "odd": False}}
+    for case in record["cases"]:
+        case["suites"] = [name for name in ("padded", "odd") if Shape(**case["shape"]) in SUITES[name]]
+    padded, odd = (peers_text.of_suite(record, name) for name in ("padded", "odd"))
+    assert padded and odd and peers_text.of_suite(record, "nine") is None
+    assert [Shape(**case["shape"]) for case in padded["cases"]] == SUITES["padded"]
+    assert [Shape(**case["shape"]) for case in odd["cases"]] == SUITES["odd"]  # 256 stands in both
+    assert padded["complete"] and not odd["complete"]
+    whole = records.peers("nine", [])
+    assert peers_text.of_suite(whole, "nine") is whole
+
+
+def test_comparisons_across_cases() -> None:
+    record = records.peers("padded varlen odd", [*SUITES["padded"], *SUITES["varlen"], *SUITES["odd"][:2]])
+    found = {(beside.shape.label, beside.other.label): beside for beside in peers_text.across(record)}
+    assert len(found) == 5
+    for kind in ("padded", "packed"):
+        beside = found[f"S256 B32 H12 {kind}", "S256 B32 H12"]
+        assert beside.ratio == pytest.approx(1.5) and beside.what.startswith("triton-plain on the padded batch")
+    odd = found["S197 B32 H12", "S256 B32 H12"]
+    assert odd.ratio == pytest.approx((256 / 197) ** 2)  # all made-up calls take equally long
+    text = text_of(record)
+    assert "S197 B32 H12: time per score / that of S256 B32 H12: 1.69x" in text
+
+
+def test_compiling_ahead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    write = f"import sys, time; open({str(log)!r}, 'a').write(sys.argv[-1] + ' ')"
+    script = f"{write}; time.sleep(60 * ('hang' in sys.argv))"
+    took = compare_peers._compile_in_processes([sys.executable, "-c", script], 2, 60.0, time.monotonic() + 60)
+    assert sorted(log.read_text().split()) == ["0/2", "1/2"] and took < 30
+    took = compare_peers._compile_in_processes([sys.executable, "-c", script, "hang"], 2, 1.0, time.monotonic() + 60)
+    assert took < 10
+    assert compare_peers._compile_in_processes(["nobody"], 0, 1.0, time.monotonic()) < 1
+
+    called: list[str] = []
+
+    def peer(name: str, fails: bool) -> Peer:
+        def call() -> None:
+            called.append(name)
+            assert not fails
+
+        return Peer(name, name, lambda *_: Prepared(call), refuses={"gqa": "no"} if name == "fa4" else {})
+
+    inputs = Shape.inputs
+    monkeypatch.setattr(Shape, "inputs", lambda self: inputs(self, "cpu"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for name in ("flashcore", "flex", "fa4", "sdpa-cudnn"):
+        monkeypatch.setitem(ALL, name, peer(name, fails=name == "flashcore"))
+    compare_peers.compile_ahead([Shape(1, 2, 8, 8, heads_kv=1)], ["sdpa-cudnn", "fa4", "flex"])
+    assert called == ["flashcore", "flex"]
+    assert options("--compile", "3/8").compile == (3, 8)
+
+
 def test_inputs_are_the_same_for_the_same_seed() -> None:
     shape = Shape(1, 4, 8, 16, heads_kv=2)
     first, again, other = shape.inputs("cpu"), shape.inputs("cpu"), shape.inputs("cpu", seed=7)
@@ -145,6 +235,19 @@ def test_sweep_shapes_have_the_heads_asked_for() -> None:
     assert {s.batch * s.heads for s in found if s.seqlen == 128} == {8, 12, 256}
     assert all(s.batch * s.heads * s.seqlen * s.head_dim <= 2**28 for s in found)
     assert {s.is_causal for s in found} == {False, True}
+
+
+@pytest.mark.gpu
+def test_suites_together_on_a_gpu(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    command = ["--suite", "varlen", "padded", "--peers", "sdpa-cudnn", "varlen", "--replays", "5", "--jobs", "4"]
+    assert compare_peers.main([*command, "--json", str(path)]) == 0
+    record = results.read(path)
+    assert record["suites"] == {"varlen": True, "padded": True} and len(record["cases"]) == 6
+    assert len(peers_text.across(record)) == 4
+    by_label = {case["case"]: case["contestants"] for case in record["cases"]}
+    assert by_label["S256 B32 H12 packed"]["varlen"]["status"] == "ok"
+    assert by_label["S256 B32 H12 padded"]["sdpa-cudnn"]["status"] == "ok"
 
 
 @pytest.mark.gpu
