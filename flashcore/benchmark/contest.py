@@ -13,7 +13,7 @@ from flashcore.benchmark import results
 from flashcore.benchmark.peers import NotServedError, Peer, Prepared
 from flashcore.benchmark.shapes import SEED, Shape
 from flashcore.benchmark.terminal import kind_of
-from flashcore.measure import clocks, machine, statistics
+from flashcore.measure import clocks, machine, second_opinion, statistics
 from flashcore.testing import gates
 
 REPLAYS = 30
@@ -158,11 +158,26 @@ def call_clock(
     """Time admitted contestants on the call clock. Returns name -> latency."""
     contestants = {name: _contestant([prepared]) for name, prepared in admitted.items()}
     times = clocks.call_times(contestants, trials=trials, warmup=warmup, progress=progress)
-    timed = {}
-    for name, values in times.items():
-        interval = statistics.median_interval(values)
-        timed[name] = results.latency(statistics.summarize(values), interval.low, interval.high)
-    return timed
+    return {name: _latency(times, name) for name in times}
+
+
+def host_clock(admitted: Mapping[str, Prepared], *, blocks: int = 50, calls: int = 100) -> dict[str, dict[str, Any]]:
+    """Time admitted contestants on the host clock. Returns name -> latency."""
+    times = clocks.host_times({n: _contestant([p]) for n, p in admitted.items()}, blocks=blocks, calls=calls)
+    return {name: _latency(times, name) for name in times}
+
+
+def cross_check(peer: Peer, shape: Shape) -> dict[str, Any]:
+    """One contestant by our gpu clock and by another's: `measure.second_opinion.cross_check`."""
+    found = second_opinion.cross_check(_contestant([peer.prepare(shape, *shape.inputs())]))
+    return {"contestant": peer.name, "case": shape.label, **found}
+
+
+def _latency(times: Mapping[str, Sequence[float]], name: str) -> dict[str, Any]:
+    interval = statistics.median_interval(times[name])
+    found = results.latency(statistics.summarize(times[name]), interval.low, interval.high)
+    ratio = _ratio(times, name)
+    return found if ratio is None else {**found, "over_flashcore": ratio}
 
 
 def _contestant(prepared: Sequence[Prepared]) -> clocks.Contestant:

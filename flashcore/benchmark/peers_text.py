@@ -15,13 +15,22 @@ from flashcore.measure.statistics import Interval, geometric_mean
 
 Record = dict[str, Any]
 
-CLOCKS = {"gpu_warm": "warm", "gpu_cold": "cold"}
+CLOCKS = {"gpu_warm": "gpu warm", "gpu_cold": "gpu cold", "call": "call", "host": "host"}  # as protocols name them
+
+
+def clocks(protocol: Record) -> list[str]:
+    """The clocks of a record, in CLOCKS' order."""
+    named = protocol["name"].split(" + ")
+    return [clock for clock, title in CLOCKS.items() if title in named]
 
 
 def figure(case: Record, name: str, clock: str = "gpu_warm") -> float | None:
-    """µs per call of one contestant; None where it has none."""
+    """Median µs per call of one contestant; None where it has none."""
     timed = case["contestants"][name].get(clock)
-    return timed["us"] if timed else None
+    if not timed:
+        return None
+    us: float = timed["us"] if "us" in timed else timed["p50"]
+    return us
 
 
 def best_peer(case: Record, clock: str = "gpu_warm") -> str | None:
@@ -39,9 +48,24 @@ def ratio(case: Record, clock: str = "gpu_warm") -> Interval | None:
 
 
 def tflops(case: Record, clock: str = "gpu_warm") -> float | None:
-    """FlashCore's useful arithmetic per second, in 10^12."""
-    ours = figure(case, "flashcore", clock)
+    """FlashCore's useful arithmetic per second of device time, in 10^12."""
+    ours = figure(case, "flashcore", clock) if clock.startswith("gpu") else None
     return Shape(**case["shape"]).flops / ours / 1e6 if ours is not None else None
+
+
+def roof(shape: Shape, ceilings: dict[str, float], clock: str) -> float:
+    """TFLOP/s that this GPU could reach: bound by matmul, or by reading q, k, v and writing the output once.
+
+    Warm, they move at the speed of copies inside the L2, and cold through HBM, as `measure.ceilings` measured both.
+    """
+    bandwidth = ceilings["hbm_copy_tb_s" if clock == "gpu_cold" else "l2_copy_tb_s"]
+    return min(ceilings["matmul_tflops"], shape.flops * bandwidth / (shape.input_bytes + shape.output_bytes))
+
+
+def share(case: Record, ceilings: dict[str, float] | None, clock: str = "gpu_warm") -> float | None:
+    """FlashCore's TFLOP/s as a part of the roof; None without both."""
+    done = tflops(case, clock)
+    return None if done is None or not ceilings else done / roof(Shape(**case["shape"]), ceilings, clock)
 
 
 def ratios(record: Record, clock: str) -> list[float]:
@@ -115,26 +139,25 @@ def _width(name: str) -> int:
 def head(protocol: Record) -> Iterator[str]:
     """The title and the column names."""
     names = protocol["contestants"]
-    yield f"FLASHCORE AND ITS PEERS: µs per call on the gpu clock ({protocol['name']}); ratio = best peer / FlashCore"
+    yield f"FLASHCORE AND ITS PEERS: µs per call ({protocol['name']}); ratio = best peer / FlashCore"
     columns = " ".join(f"{name:>{_width(name)}}" for name in names)
-    line = f"{'Shape':<28} {'L2':<5}{columns} {'Ratio':>7} {'TFLOP/s':>8}  Best peer"
+    line = f"{'Shape':<28} {'Clock':<9}{columns} {'Ratio':>7} {'TFLOP/s':>8} {'of roof':>8}  Best peer"
     yield line
     yield "-" * len(line)
 
 
-def rows(case: Record, protocol: Record) -> Iterator[str]:
+def rows(case: Record, protocol: Record, ceilings: dict[str, float] | None = None) -> Iterator[str]:
     """One shape: a row a clock."""
     label = Shape(**case["shape"]).label
-    for clock, title in CLOCKS.items():
-        if clock == "gpu_cold" and "cold" not in protocol["name"]:
-            continue
+    for clock in clocks(protocol):
         columns = " ".join(us(figure(case, name, clock), _width(name)) for name in protocol["contestants"])
-        times, done = ratio(case, clock), tflops(case, clock)
+        times, done, part = ratio(case, clock), tflops(case, clock), share(case, ceilings, clock)
         yield (
-            f"{label if clock == 'gpu_warm' else '':<28} {title:<5}{columns} "
-            f"{'-' if times is None else f'{times.value:.2f}x':>7} {'-' if done is None else f'{done:.0f}':>8}  "
-            f"{best_peer(case, clock) or '-'}"
+            f"{label:<28} {CLOCKS[clock]:<9}{columns} "
+            f"{'-' if times is None else f'{times.value:.2f}x':>7} {'-' if done is None else f'{done:.0f}':>8} "
+            f"{'-' if part is None else f'{100 * part:.0f}%':>8}  {best_peer(case, clock) or '-'}"
         )
+        label = ""
 
 
 def rest(record: Record) -> Iterator[str]:
@@ -147,6 +170,7 @@ def rest(record: Record) -> Iterator[str]:
                 f"{title}: the best peer takes {geometric_mean(values):.3f}x as long (geometric mean over "
                 f"{len(values)}; {min(values):.2f}x to {max(values):.2f}x; FlashCore ahead on {ahead})"
             )
+    yield from memory(record)
     for beside in across(record):
         yield f"{beside.shape.label}: {beside.what}: {beside.ratio:.2f}x"
     if found := record["ceilings"]:
@@ -154,11 +178,31 @@ def rest(record: Record) -> Iterator[str]:
             f"ceilings: matmul {found['matmul_tflops']:.0f} TFLOP/s, copy in L2 {found['l2_copy_tb_s']:.2f} TB/s, "
             f"in HBM {found['hbm_copy_tb_s']:.2f} TB/s, empty kernel {found['empty_kernel_us']:.2f} µs"
         )
+    if floor := record.get("event_floor_us"):
+        yield f"event floor: CUDA events around nothing read {floor['p50']:.2f} µs (P50): no call can read less"
+    if checked := record.get("cross_check"):
+        yield (
+            f"cross-check: {checked['contestant']} on {checked['case']} takes {checked['ours_us']:.2f} µs by our clock "
+            f"and {checked['us']:.2f} by {checked['tool']} {checked['version']} ({100 * (checked['ratio'] - 1):+.1f}%)"
+        )
     yield from left_out(record)
     if reasons := machine.throttled(state for case in record["cases"] for state in case["gpu_states"]):
         yield f"NOTE: the GPU's clock was held back during this run: {', '.join(reasons)}."
     if not record["complete"]:
         yield "NOTE: not every shape was measured."
+
+
+def memory(record: Record) -> Iterator[str]:
+    """The most that a call of each contestant held beyond its inputs, over all shapes."""
+    most: dict[str, int] = {}
+    for case in record["cases"]:
+        for name, found in case["contestants"].items():
+            if "memory_bytes" in found:
+                most[name] = max(most.get(name, 0), found["memory_bytes"])
+    if most:
+        yield "memory of a call beyond its inputs, at most: " + ", ".join(
+            f"{name} {held / 2**20:.1f} MiB" for name, held in most.items()
+        )
 
 
 def left_out(record: Record) -> Iterator[str]:

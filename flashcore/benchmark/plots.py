@@ -214,7 +214,7 @@ def _tflops(panel: Axes, record: Record, clock: str, at: Sequence[Place]) -> Non
             panel.bar(place.x, ours, width=0.62, color=OURS)
         if best and (theirs := peers_text.figure(case, best, clock)):
             _mark(panel, place.x, shape.flops / theirs / 1e6, best, 8)
-        if ceilings and (limit := roof(shape, ceilings, clock)) < ceilings["matmul_tflops"]:
+        if ceilings and (limit := peers_text.roof(shape, ceilings, clock)) < ceilings["matmul_tflops"]:
             panel.hlines(limit, place.x - 0.42, place.x + 0.42, color="black", linewidth=1.6)
     panel.set_ylim(0)
     title = "Bars: FlashCore; markers: the best peer"
@@ -228,15 +228,6 @@ def _tflops(panel: Axes, record: Record, clock: str, at: Sequence[Place]) -> Non
         panel.set_ylim(0, max(panel.get_ylim()[1], 1.13 * ceilings["matmul_tflops"]))
         title += f"; strokes: {'L2' if clock == 'gpu_warm' else 'HBM'} ceiling"
     panel.set_title(title, fontsize=11)
-
-
-def roof(shape: Shape, ceilings: dict[str, float], clock: str) -> float:
-    """TFLOP/s that this GPU could reach: bound by matmul, or by reading q, k, v and writing the output once.
-
-    Warm, they move at the speed of copies inside the L2, and cold through HBM, as `measure.ceilings` measured both.
-    """
-    bandwidth = ceilings["l2_copy_tb_s" if clock == "gpu_warm" else "hbm_copy_tb_s"]
-    return min(ceilings["matmul_tflops"], shape.flops * bandwidth / (shape.input_bytes + shape.output_bytes))
 
 
 def _axis(panel: Axes, at: Sequence[Place]) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashcore.benchmark import peers_text, plots, results, validation_text
+from flashcore.benchmark import page, peers_text, plots, results, validation_text
 from flashcore.benchmark.shapes import Shape
 from flashcore.benchmark.terminal import us
 from flashcore.measure import machine
@@ -197,26 +197,10 @@ def _correctness_row(case: Record) -> tuple[str, ...]:
 
 # -- the peers --------------------------------------------------------------------------------------------------
 
-SUITE_TITLES = {
-    "nine": "The nine configurations",
-    "mid": "S = 1024 and 2048",
-    "short": "Every length up to 1024",
-    "odd": "Odd lengths",
-    "b1": "One sequence",
-    "dims": "Other head dimensions",
-    "causal": "Causal",
-    "gqa": "Shared key heads, causal, D=128, bf16",
-    "window": "Windows",
-    "bias": "Additive bias",
-    "padded": "Padded batches: lengths uniform in S/4 to S",
-    "varlen": "Packed sequences: lengths uniform in S/4 to S",
-    "long": "Long sequences: 16k tokens in all",
-}
-
 
 def peers_report(folder: Path) -> Iterator[str]:
     """docs/validation/PEERS.md: one part a GPU and suite. No lines without a record."""
-    found = {suite: peers_text.newest(folder, suite) for suite in SUITE_TITLES}
+    found = {suite: peers_text.newest(folder, suite) for suite in page.SUITE_TITLES}
     gpus = sorted({gpu for records in found.values() for gpu in records})
     if not gpus:
         return
@@ -233,7 +217,7 @@ def peers_report(folder: Path) -> Iterator[str]:
     for gpu in gpus:
         yield f"## {gpu}"
         yield ""
-        for suite, title in SUITE_TITLES.items():
+        for suite, title in page.SUITE_TITLES.items():
             if gpu in found[suite]:
                 yield from _suite(title, found[suite][gpu])
 
@@ -252,7 +236,7 @@ def _suite(title: str, record: Record) -> Iterator[str]:
         )
         yield ""
     names = [n for n in record["protocol"]["contestants"] if any(peers_text.figure(c, n) for c in record["cases"])]
-    for clock, warmth in peers_text.CLOCKS.items():
+    for clock, warmth in (("gpu_warm", "warm"), ("gpu_cold", "cold")):
         values = peers_text.ratios(record, clock)
         if not values:
             continue

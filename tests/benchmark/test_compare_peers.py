@@ -15,6 +15,7 @@ from flashcore.benchmark.isolation import Journal, Writer
 from flashcore.benchmark.peers import ALL, Peer, Prepared
 from flashcore.benchmark.shapes import NINE, SUITES, Shape
 from flashcore.core.config import Config
+from flashcore.measure import ceilings, clocks, machine, second_opinion
 from flashcore.tuning import lookup
 from tests.benchmark import records
 
@@ -22,15 +23,17 @@ PEERS = ("--peers", "sdpa-cudnn", "triton-plain", "fa4", "flex")  # those of the
 
 
 def text_of(record: dict[str, Any]) -> str:
-    lines = [line for case in record["cases"] for line in peers_text.rows(case, record["protocol"])]
+    lines = [line for case in record["cases"] for line in peers_text.rows(case, record["protocol"], record["ceilings"])]
     return "\n".join([*peers_text.head(record["protocol"]), *lines, *peers_text.rest(record)])
 
 
 def test_rows_name_the_best_peer_and_the_ratio() -> None:
     text = text_of(records.peers())
     row = next(line for line in text.splitlines() if line.startswith("S128 B16"))
-    assert row.split()[2:] == ["warm", "10.00", "16.00", "15.00", "-", "20.00", "1.50x", "54", "triton-plain"]
-    assert "warm: the best peer takes 1.500x as long (geometric mean over 9; 1.50x to 1.50x" in text
+    assert row.split()[2:] == [
+        "gpu", "warm", "10.00", "16.00", "15.00", "-", "20.00", "1.50x", "54", "17%", "triton-plain"
+    ]
+    assert "gpu warm: the best peer takes 1.500x as long (geometric mean over 9; 1.50x to 1.50x" in text
     assert "fa4: missing (everywhere): pip install it" in text
     assert "flex: failed (S128 B8): RuntimeError: no" in text
 
@@ -59,7 +62,18 @@ def test_arguments() -> None:
     assert compare_peers._shapes(options("--suite", "nine", "mid", "nine")) == [*NINE, *SUITES["mid"]]
     own = options("--shape", "4,8,100,64", "--causal", "--dtype", "bfloat16")
     assert compare_peers._shapes(own) == [Shape(4, 8, 100, 64, True, "bfloat16")]
+    features = ("--bias", "batch", "--window", "8", "-1", "--heads-kv", "2")
+    featured = options("--shape", "4,8,100,64", "2,8,64,64", *features)
+    assert compare_peers._shapes(featured) == [
+        Shape(b, 8, s, 64, heads_kv=2, window=(8, -1), bias=b) for b, s in ((4, 100), (2, 64))
+    ]
+    model = options("--from-model", "vit-base-patch16-224", "--batch", "3", "--dtype", "bfloat16")
+    assert compare_peers._shapes(model) == [Shape(3, 12, 197, 64, dtype="bfloat16")]
     assert options("--peers", "fa4", "flex", "fa4").peers == ["fa4", "flex"]
+    assert compare_peers._clocks(options()) == ["gpu_warm"]
+    assert compare_peers._clocks(options("--clock", "call", "--cold")) == ["call"]
+    assert compare_peers._clocks(options("--clock", "all", "--cold")) == ["gpu_warm", "gpu_cold", "call", "host"]
+    assert options("--cross-check").cross_check == "flashcore"
     for bad in (["--shape", "1,2,3"], ["--shape", "1,2,0,4"], ["--suite", "ten"], ["--peers", "nobody"]):
         with pytest.raises(SystemExit):
             options(*bad)
@@ -69,6 +83,57 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         assert compare_peers.main([]) == 1 and "none here" in capsys.readouterr().err
         assert sweep.main([]) == 1 and "none here" in capsys.readouterr().err
+
+
+def test_misuse_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare_peers.main(["--shape", "4,8,100,64", "--causal", "--window", "4", "0"]) == 2
+    assert "flashcore bench: window: " in capsys.readouterr().err
+    assert compare_peers.main(["--from-model", "/nowhere"]) == 2
+    assert "--from-model: '/nowhere'" in capsys.readouterr().err
+
+
+def test_a_worker_on_every_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The worker's own code on a CPU: the clocks are stand-ins, and what it writes makes a record."""
+    inputs = Shape.inputs
+    monkeypatch.setattr(Shape, "inputs", lambda self, device="cpu", seed=42: inputs(self, "cpu", seed))
+    monkeypatch.setattr(machine, "environment", lambda: records.environment())
+    monkeypatch.setattr(ceilings, "ceilings", lambda l2: records.peers()["ceilings"])
+    monkeypatch.setattr(clocks, "event_floor", lambda trials: [11.0] * trials)
+    monkeypatch.setattr(clocks, "gpu_times", lambda c, **_: ({n: [3.0, 3.1] for n in c}, dict.fromkeys(c, 9)))
+    monkeypatch.setattr(clocks, "call_times", lambda c, **_: {n: [30.0, 31.0] for n in c})
+    monkeypatch.setattr(clocks, "host_times", lambda c, **_: {n: [20.0, 21.0] for n in c})
+    monkeypatch.setattr(second_opinion, "cross_check", lambda contestant: {"tool": "t", "us": 3.0})
+    asked = options("--shape", "2,2,24,16", "--peers", "sdpa", "sdpa-efficient", "varlen", "--clock", "all", "--cold",
+                    "--cross-check", "sdpa", "--lengths", "padded", "--trials", "5")  # fmt: skip
+    path = tmp_path / "journal"
+    compare_peers.measure(compare_peers._shapes(asked), asked, path)
+    journal = Journal.read(path)
+    assert journal.facts["event_floor_us"]["p50"] == 11.0
+    (case,) = journal.cases.values()
+    assert journal.facts["cross_check"] == {"contestant": "sdpa", "case": case["case"], "tool": "t", "us": 3.0}
+    for name in ("flashcore", "sdpa"):
+        found = case["contestants"][name]
+        assert found["status"] == "ok" and found["gpu_warm"]["us"] == pytest.approx(3.05)
+        assert {"gpu_cold", "call", "host"} <= set(found) and found["host"]["p50"] == 20.5
+        assert found["call"]["over_flashcore"]["value"] == 1.0
+    assert case["contestants"]["varlen"]["status"] == "refused"
+    protocol = {"name": " + ".join(peers_text.CLOCKS.values()), "contestants": ["flashcore", *asked.peers]}
+    rows = list(peers_text.rows(case, protocol, records.peers()["ceilings"]))
+    assert [row[29:38].strip() for row in rows] == ["gpu warm", "gpu cold", "call", "host"]
+    assert peers_text.figure(case, "sdpa", "host") == 20.5 and peers_text.tflops(case, "call") is None
+    Writer(path)(fault=["S24 B2 H2 D16 padded", "call", "hung"])
+    text = "".join(line for line in path.read_text().splitlines(keepends=True) if '"case"' not in line)
+    path.write_text(text)
+    compare_peers.measure(compare_peers._shapes(asked), asked, path)  # taken up again: the clock that hung is left out
+    (case,) = Journal.read(path).cases.values()
+    assert "call" not in case["contestants"]["sdpa"] and "host" in case["contestants"]["sdpa"]
+
+
+def test_memory_is_told() -> None:
+    record = records.peers()
+    for case, held in zip(record["cases"], range(9), strict=True):
+        case["contestants"]["flashcore"]["memory_bytes"] = held * 2**20
+    assert "memory of a call beyond its inputs, at most: flashcore 8.0 MiB" in text_of(record)
 
 
 @pytest.fixture
@@ -94,7 +159,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def test_an_interrupted_run_is_taken_up_again(worker: list[list[str]], tmp_path: Path) -> None:
     path = tmp_path / "nine.json"
-    command = ["--json", str(path), "--cold", *PEERS]
+    command = ["--json", str(path), "--html", str(tmp_path / "p.html"), "--cold", *PEERS]
     assert compare_peers.main(command) == 1
     assert len(results.read(path)["cases"]) == 5 and not results.read(path)["complete"]
     assert path.with_suffix(".journal").exists()
@@ -102,6 +167,7 @@ def test_an_interrupted_run_is_taken_up_again(worker: list[list[str]], tmp_path:
     record = results.read(path)
     assert record["complete"] and len(record["cases"]) == 9 and record["suite"] == "nine"
     assert not path.with_suffix(".journal").exists()
+    assert (tmp_path / "p.html").read_text().count("<tr>") == 2 * (1 + 9)
     assert worker[0][-2:] == ["--worker", str(path.with_suffix(".journal"))]
 
 

@@ -125,9 +125,9 @@ def test_cases_are_named_and_grouped(suite: str, ticks: list[str], groups: list[
 def test_roof() -> None:
     ceilings = {"matmul_tflops": 700.0, "l2_copy_tb_s": 5.0, "hbm_copy_tb_s": 2.5}
     # 4 * 128^2 * 64 operations a head and sequence; four tensors of 128 x 64 in fp16: 64 operations a byte
-    assert plots.roof(Shape(8, 8, 128, 64), ceilings, "gpu_warm") == pytest.approx(64 * 5.0)
-    assert plots.roof(Shape(8, 8, 128, 64), ceilings, "gpu_cold") == pytest.approx(64 * 2.5)
-    assert plots.roof(Shape(8, 8, 512, 64), ceilings, "gpu_warm") == 700.0
+    assert peers_text.roof(Shape(8, 8, 128, 64), ceilings, "gpu_warm") == pytest.approx(64 * 5.0)
+    assert peers_text.roof(Shape(8, 8, 128, 64), ceilings, "gpu_cold") == pytest.approx(64 * 2.5)
+    assert peers_text.roof(Shape(8, 8, 512, 64), ceilings, "gpu_warm") == 700.0
 
 
 def test_contestants_can_be_told_apart_without_colour() -> None:
