@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -33,8 +34,10 @@ from flashcore.measure import machine
 # torch's default is one of its backends below, and its math path takes memory quadratic in the length
 BESIDE = ("sdpa-flash", "sdpa-cudnn", "triton-plain", "fa4", "fa3", "fa2", "flex", "varlen", "flashinfer",
           "xformers", "sdpa-efficient")  # fmt: skip
-COMPILED = ("flashcore", "flashcore-portable", "flashcore-hopper", "triton-plain", "fa4", "flex")  # for each shape
+COMPILED = ("flashcore", "flashcore-portable", "flashcore-hopper", "triton-plain", "flex")  # and kept on disk
 OURS = ("flashcore", "flashcore-portable", "flashcore-hopper")
+# What belongs to --shape, and its value where it isn't given.
+OF_SHAPES = {"causal": False, "heads_kv": 0, "window": (-1, -1), "softcap": 0.0, "bias": "", "lengths": ""}
 NAMES = (*OURS, "sdpa", *BESIDE, "sdpa-math")
 
 
@@ -138,9 +141,13 @@ def _compile_in_processes(command: Sequence[str], jobs: int, patience_s: float, 
     there, and is reported there.
     """
     started = time.monotonic()
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # it starts a process for each core otherwise
     deadline = min(deadline, started + patience_s)
     processes = [
-        subprocess.Popen([*command, "--compile", f"{i}/{jobs}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.Popen(
+            [*command, "--compile", f"{i}/{jobs}"], env=environment, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
         for i in range(jobs)
     ]
     for process in processes:
@@ -247,6 +254,11 @@ def _own(options: argparse.Namespace) -> bool:
 
 
 def _shapes(options: argparse.Namespace) -> list[Shape]:
+    if not options.shape:
+        stray = [name for name, none in OF_SHAPES.items() if getattr(options, name) != none]
+        if stray or (options.dtype and not options.from_model):
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in stray) or "--dtype"
+            raise ValueError(f"{names}: for your own shapes, with --shape; a suite has its own")
     dtype = options.dtype or "float16"
     own = [Shape(b, h, s, d, options.causal, dtype, **_features(options, b)) for b, h, s, d in options.shape]
     if options.from_model:

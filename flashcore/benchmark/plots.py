@@ -15,7 +15,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,12 +91,12 @@ def digest(record: Record) -> str:
 def places(record: Record) -> list[Place]:
     """Groups of one length where the batch varies within a length, else of one kind of problem."""
     shapes = [Shape(**case["shape"]) for case in record["cases"]]
-    by_length = len({replace(shape, batch=1) for shape in shapes}) < len(shapes)
+    labels = [shape.label.split() for shape in shapes]
+    by_length = len({(length, *rest) for length, _, *rest in labels}) < len(shapes)
     one_batch = len({shape.batch for shape in shapes}) == 1
     found: list[Place] = []
     x = -1.0
-    for shape in shapes:
-        length, batch, *rest = shape.label.split()
+    for length, batch, *rest in labels:
         if by_length:
             tick, group = batch, [length, *rest]
         elif one_batch:

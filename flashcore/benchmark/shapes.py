@@ -208,7 +208,7 @@ SUITES: dict[str, list[Shape]] = {
     "window": [Shape(8, 8, s, 64, window=w) for w in ((128, 128), (128, 0)) for s in (128, 512, 2048)],
     "bias": [Shape(32, 8, s, d, bias=n) for d in (32, 64) for n in (1, 32) for s in (128, 256, 512)],
     # each beside the same batch without lengths: what a call costs that pays for the padding
-    "padded": [shape for full in _UNEVEN for shape in (replace(full, lengths="padded"), full)],
+    "padded": [*(replace(full, lengths="padded") for full in _UNEVEN), *_UNEVEN],
     "varlen": [replace(full, lengths="packed") for full in _UNEVEN],
     # each beside the next multiple of 64
     "odd": [Shape(32, 12, s, 64) for odd in _ODD for s in (odd, -(-odd // 64) * 64)],

@@ -88,6 +88,9 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 def test_misuse_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert compare_peers.main(["--shape", "4,8,100,64", "--causal", "--window", "4", "0"]) == 2
     assert "flashcore bench: window: " in capsys.readouterr().err
+    for stray in (["--bias", "one"], ["--from-model", "t5-base", "--causal"], ["--dtype", "bfloat16"]):
+        assert compare_peers.main(stray) == 2
+        assert "for your own shapes" in capsys.readouterr().err
     assert compare_peers.main(["--from-model", "/nowhere"]) == 2
     assert "--from-model: '/nowhere'" in capsys.readouterr().err
 
@@ -265,14 +268,14 @@ def test_compiling_ahead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
             called.append(name)
             assert not fails
 
-        return Peer(name, name, lambda *_: Prepared(call), refuses={"gqa": "no"} if name == "fa4" else {})
+        return Peer(name, name, lambda *_: Prepared(call), refuses={"gqa": "no"} if name == "triton-plain" else {})
 
     inputs = Shape.inputs
     monkeypatch.setattr(Shape, "inputs", lambda self: inputs(self, "cpu"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    for name in ("flashcore", "flex", "fa4", "sdpa-cudnn"):
+    for name in ("flashcore", "flex", "triton-plain", "sdpa-cudnn"):
         monkeypatch.setitem(ALL, name, peer(name, fails=name == "flashcore"))
-    compare_peers.compile_ahead([Shape(1, 2, 8, 8, heads_kv=1)], ["sdpa-cudnn", "fa4", "flex"])
+    compare_peers.compile_ahead([Shape(1, 2, 8, 8, heads_kv=1)], ["sdpa-cudnn", "triton-plain", "flex"])
     assert called == ["flashcore", "flex"]
     assert options("--compile", "3/8").compile == (3, 8)
 
