@@ -234,7 +234,7 @@ def _case(
             write.at(shape.label, clock)
             here = {name: prepared[name] for name in admitted}
             timed = (
-                contest.call_clock(here, trials=options.trials, warmup=100)
+                contest.call_clock(here, trials=options.trials, warmup=100, ratios=True)
                 if clock == "call"
                 else contest.host_clock(here)
             )

@@ -131,9 +131,10 @@ def _compiled(folder: Path, measured: Sequence[str]) -> Iterator[str | Table]:
     for arch, target in absent.items():
         if row := audited.get(arch):
             assert audit is not None
+            state = (audit["environment"].get("commit") or "unknown")[:12]
             yield (
-                f"{target['gpu']}: the audit of {audit['environment']['recorded'][:10]} found {row['clean']} of "
-                f"{row['variants']} variants clean and caught {row['controls_caught']} of {row['controls']} planted "
+                f"{target['gpu']}: the audit of {audit['environment']['recorded'][:10]}, commit `{state}`, found "
+                f"{row['clean']} of {row['variants']} variants clean and caught {row['controls_caught']} of {row['controls']} planted "
                 f"controls; [results/{audit['file']}](../../results/{audit['file']})."
             )
     yield ""

@@ -170,14 +170,24 @@ def rest(record: Record) -> Iterator[str]:
                 f"{title}: the best peer takes {geometric_mean(values):.3f}x as long (geometric mean over "
                 f"{len(values)}; {min(values):.2f}x to {max(values):.2f}x; FlashCore ahead on {ahead})"
             )
-    yield from memory(record)
-    for beside in across(record):
-        yield f"{beside.shape.label}: {beside.what}: {beside.ratio:.2f}x"
     if found := record["ceilings"]:
         yield (
             f"ceilings: matmul {found['matmul_tflops']:.0f} TFLOP/s, copy in L2 {found['l2_copy_tb_s']:.2f} TB/s, "
             f"in HBM {found['hbm_copy_tb_s']:.2f} TB/s, empty kernel {found['empty_kernel_us']:.2f} µs"
         )
+    yield from beside_the_table(record)
+    yield from left_out(record)
+    if reasons := machine.throttled(state for case in record["cases"] for state in case["gpu_states"]):
+        yield f"NOTE: the GPU's clock was held back during this run: {', '.join(reasons)}."
+    if not record["complete"]:
+        yield "NOTE: not every shape was measured."
+
+
+def beside_the_table(record: Record) -> Iterator[str]:
+    """What has no column: comparisons across cases, memory, the event floor and the cross-check of the clock."""
+    for beside in across(record):
+        yield f"{beside.shape.label}: {beside.what}: {beside.ratio:.2f}x"
+    yield from memory(record)
     if floor := record.get("event_floor_us"):
         yield f"event floor: CUDA events around nothing read {floor['p50']:.2f} µs (P50): no call can read less"
     if checked := record.get("cross_check"):
@@ -185,11 +195,6 @@ def rest(record: Record) -> Iterator[str]:
             f"cross-check: {checked['contestant']} on {checked['case']} takes {checked['ours_us']:.2f} µs by our clock "
             f"and {checked['us']:.2f} by {checked['tool']} {checked['version']} ({100 * (checked['ratio'] - 1):+.1f}%)"
         )
-    yield from left_out(record)
-    if reasons := machine.throttled(state for case in record["cases"] for state in case["gpu_states"]):
-        yield f"NOTE: the GPU's clock was held back during this run: {', '.join(reasons)}."
-    if not record["complete"]:
-        yield "NOTE: not every shape was measured."
 
 
 def memory(record: Record) -> Iterator[str]:

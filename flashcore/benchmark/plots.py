@@ -269,7 +269,7 @@ def _around(figure: Figure, panel: Axes, record: Record) -> None:
     ceilings = record["ceilings"]
     lines = [
         "Vertical lines through the best peer's marker: the ratio's 95% interval, mostly smaller than the marker. L2 "
-        "and HBM ceilings: q, k, v read and the output written once.",
+        "and HBM ceilings: every input read and the output written once.",
         f"{environment['recorded'][:10]}, commit {(environment['commit'] or 'unknown')[:12]}, driver "
         f"{environment['driver'] or 'unknown'}, CUDA {environment['cuda']}, PyTorch {environment['torch']}, Triton "
         f"{environment['triton']}; results/{record['file']}.",

@@ -250,9 +250,8 @@ def _suite(title: str, record: Record) -> Iterator[str]:
         yield ""
         rows = [_peer_row(case, names, clock, ceilings) for case in record["cases"]]
         yield from _table(("Shape", *names, "Ratio (95%)", "TFLOP/s", "of matmul"), rows)
-    for beside in peers_text.across(record):
-        yield f"- {beside.shape.label}: {beside.what}: {beside.ratio:.2f}x"
-    if peers_text.across(record):
+    if beside := list(peers_text.beside_the_table(record)):
+        yield from (f"- {line}" for line in beside)
         yield ""
     left = list(peers_text.left_out(record))
     if left:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -91,7 +92,7 @@ class Shape:
     @property
     def scores(self) -> int:
         """Scores of one head of all sequences that the problem asks for; masked ones and padding are not counted."""
-        return sum(self._scores(length) for length in self.sequence_lengths)
+        return sum(self._scores(length) * count for length, count in Counter(self.sequence_lengths).items())
 
     def _scores(self, length: int) -> int:
         left = length if self.window[0] < 0 else self.window[0]
