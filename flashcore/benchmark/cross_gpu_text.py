@@ -134,7 +134,7 @@ def _compiled(folder: Path, measured: Sequence[str]) -> Iterator[str | Table]:
             state = (audit["environment"].get("commit") or "unknown")[:12]
             yield (
                 f"{target['gpu']}: the audit of {audit['environment']['recorded'][:10]}, commit `{state}`, found "
-                f"{row['clean']} of {row['variants']} variants clean and caught {row['controls_caught']} of {row['controls']} planted "
-                f"controls; [results/{audit['file']}](../../results/{audit['file']})."
+                f"{row['clean']} of {row['variants']} variants clean and caught {row['controls_caught']} of "
+                f"{row['controls']} planted controls; [results/{audit['file']}](../../results/{audit['file']})."
             )
     yield ""
