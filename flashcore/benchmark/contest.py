@@ -69,7 +69,9 @@ def admit(peer: Peer, shape: Shape, inputs: Inputs) -> Admission:
         verdict = gates.check(out, q, k, v, **options)
     except ImportError as missing:
         return Admission("missing", peer.install or str(missing), {})
-    except (NotServedError, NotImplementedError) as refusal:
+    except NotServedError as refusal:
+        return Admission("refused", str(refusal), {})
+    except NotImplementedError as refusal:
         return Admission("refused", kind_of(refusal), {})
     except Exception as error:
         _require_context()

@@ -15,6 +15,7 @@ from flashcore.measure.statistics import Interval, geometric_mean
 
 Record = dict[str, Any]
 
+PLACES = 4  # shapes that a line names, before it counts the rest
 CLOCKS = {"gpu_warm": "gpu warm", "gpu_cold": "gpu cold", "call": "call", "host": "host"}  # as protocols name them
 
 
@@ -108,7 +109,7 @@ def across(record: Record) -> list[Beside]:
     """Comparisons that need two cases.
 
     Sequences of different lengths: the best peer on the same batch as if it had no padding, divided by FlashCore's time
-    with lengths. Odd lengths: FlashCore's time for a score divided by that at the next multiple of 64.
+    with lengths. Odd lengths beyond 64: FlashCore's time for a score divided by that at the next multiple of 64.
     """
     cases = {Shape(**case["shape"]): case for case in record["cases"]}
     found = []
@@ -121,7 +122,7 @@ def across(record: Record) -> list[Beside]:
             assert theirs is not None
             found.append(Beside(shape, full, f"{best} on the padded batch without lengths / FlashCore", theirs / ours))
         longer = replace(shape, seqlen=-(-shape.seqlen // 64) * 64)
-        if longer != shape and longer in cases and (even := figure(cases[longer], "flashcore")):
+        if 64 < shape.seqlen < longer.seqlen and longer in cases and (even := figure(cases[longer], "flashcore")):
             cost = ours / shape.scores / (even / longer.scores)
             found.append(Beside(shape, longer, f"time per score / that of {longer.label}", cost))
     return found
@@ -211,12 +212,17 @@ def memory(record: Record) -> Iterator[str]:
 
 
 def left_out(record: Record) -> Iterator[str]:
-    """Who has no figures, where and why: one line for each reason."""
+    """Who has no figures, where and why: one line for each reason, and one alone for who is not installed."""
     where: dict[tuple[str, str, str], list[str]] = {}
     for case in record["cases"]:
         for name, found in case["contestants"].items():
             if found["status"] != "ok":
                 where.setdefault((name, found["status"], found["reason"]), []).append(Shape(**case["shape"]).label)
+    missing = {name: reason for name, status, reason in where if status == "missing"}
+    yield from (f"{name}: missing (everywhere): {reason}" for name, reason in missing.items())
     for (name, status, reason), labels in where.items():
-        places = "everywhere" if len(labels) == len(record["cases"]) else ", ".join(labels)
-        yield f"{name}: {status} ({places}): {reason}"
+        if name in missing:
+            continue
+        places = "everywhere" if len(labels) == len(record["cases"]) else ", ".join(labels[:PLACES])
+        more = f" and {len(labels) - PLACES} more" if len(labels) > PLACES and places != "everywhere" else ""
+        yield f"{name}: {status} ({places}{more}): {reason}"

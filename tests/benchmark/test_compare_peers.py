@@ -38,6 +38,18 @@ def test_rows_name_the_best_peer_and_the_ratio() -> None:
     assert "flex: failed (S128 B8): RuntimeError: no" in text
 
 
+def test_who_is_left_out_is_told_briefly() -> None:
+    record = records.peers()
+    for case in record["cases"][1:7]:
+        case["contestants"]["flex"] = {"status": "refused", "reason": "no mask", "version": "9", "errors": {}}
+    record["cases"][0]["contestants"]["fa4"] |= {"status": "refused", "reason": "no bias"}
+    assert list(peers_text.left_out(record)) == [
+        "fa4: missing (everywhere): pip install it",
+        "flex: failed (S128 B8): RuntimeError: no",
+        "flex: refused (S128 B16, S128 B32, S256 B8, S256 B16 and 2 more): no mask",
+    ]
+
+
 def test_a_failure_of_ours_has_no_ratio_and_no_pass() -> None:
     record = records.peers()
     assert peers_text.passed(record)
