@@ -330,7 +330,24 @@ def _nine_row(case: Record) -> tuple[str, ...]:
     return Shape(**case["shape"]).label, ours, theirs, best or "-", _times(found.value if found else None)
 
 
-BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {"nine": nine}
+def suites(folder: Path) -> Iterator[str]:
+    """Every suite that was measured, in one row: how FlashCore stands beside the best peer, inputs warm and cold."""
+    rows = []
+    for suite, title in page.SUITE_TITLES.items():
+        if not (record := _headline(peers_text.newest(folder, suite))):
+            continue
+        cells = [title, str(len(record["cases"]))]
+        for clock in ("gpu_warm", "gpu_cold"):
+            values = peers_text.ratios(record, clock)
+            cells.append(f"{geometric_mean(values):.2f}x ({min(values):.2f} to {max(values):.2f})" if values else "-")
+        rows.append((*cells, record["environment"]["recorded"][:10]))
+    if rows:
+        yield "The best peer's time divided by FlashCore's on an " + HEADLINE + ": geometric mean, least and most."
+        yield ""
+        yield from _table(("Suite", "Shapes", "Inputs warm", "Inputs cold", "Measured"), rows)
+
+
+BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {"nine": nine, "suites": suites}
 
 
 def _block(name: str, folder: Path) -> str:

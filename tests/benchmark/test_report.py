@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flashcore.benchmark import report, results
+from flashcore.benchmark.shapes import SUITES
 from tests.benchmark import records
 
 README = "# Title\n\n<!-- results:nine -->\n<!-- /results -->\n\nThe end.\n"
@@ -154,6 +155,18 @@ def test_another_gpu_is_another_column(root: Path) -> None:
 def test_an_incomplete_run_is_not_reported(tmp_path: Path) -> None:
     results.write(tmp_path / "results" / "p.json", records.peers(complete=False))
     assert report.write(tmp_path) == []
+
+
+def test_a_row_for_each_suite(root: Path) -> None:
+    (root / "docs" / "guide.md").write_text("<!-- results:suites -->\n<!-- /results -->\n")
+    results.write(root / "results" / "b1.json", records.peers("b1", SUITES["b1"]))
+    results.write(root / "results" / "h200.json", records.peers("mid", [], environment=records.environment("H200")))
+    report.write(root)
+    rows = [line for line in (root / "docs" / "guide.md").read_text().splitlines() if line.startswith("| ")]
+    assert rows[2:] == [
+        f"| {title} | {n} | 1.50x (1.50 to 1.50) | 1.50x (1.50 to 1.50) | 2001-01-01 |"
+        for title, n in (("The nine configurations", 9), ("One sequence", 3))
+    ]
 
 
 def test_an_unknown_block_is_an_error(root: Path) -> None:
