@@ -112,7 +112,8 @@ def _shapes(part: Config, name: str, batches: Sequence[int], dtype: str | None) 
     if dtype is None:
         named = str(part.get("torch_dtype") or part.get("dtype")).removeprefix("torch.")
         dtype = named if named in ("float16", "bfloat16") else "float16"
-    is_causal = any("CausalLM" in a or "LMHead" in a for a in part.get("architectures") or ())
+    decodes = any("CausalLM" in a or "LMHead" in a for a in part.get("architectures") or ())
+    is_causal = decodes or kind == "clip_text_model"
     options: dict[str, Any] = {
         "dtype": dtype,
         "heads_kv": _first(part, "num_key_value_heads") or 0,
@@ -122,10 +123,9 @@ def _shapes(part: Config, name: str, batches: Sequence[int], dtype: str | None) 
     if options["heads_kv"] == heads:
         options["heads_kv"] = 0
     for seqlen in _lengths(part, name):
-        window = _window(part, is_causal, seqlen)
-        masks = {"window": window} if window else {"is_causal": is_causal}
-        for batch in batches:
-            yield Shape(batch, heads, seqlen, head_dim, **masks, **options)
+        for mask in _masks(part, is_causal, seqlen):
+            for batch in batches:
+                yield Shape(batch, heads, seqlen, head_dim, **mask, **options)
 
 
 def _first(part: Config, *names: str) -> int | None:
@@ -147,11 +147,15 @@ def _lengths(part: Config, name: str) -> list[int]:
     return [length for length in TEXT_LENGTHS if length <= longest] or [longest]
 
 
-def _window(part: Config, is_causal: bool, seqlen: int) -> tuple[int, int] | None:
-    """Keys before and after the diagonal where a window cuts any off, as transformers masks them."""
-    if (local := part.get("local_attention")) and local // 2 < seqlen:  # ModernBERT: half of it to each side
-        return local // 2, local // 2
-    sliding = part.get("sliding_window")
-    if is_causal and sliding and part.get("use_sliding_window", True) and sliding < seqlen:
-        return sliding - 1, 0  # the token itself counts
-    return None
+def _masks(part: Config, is_causal: bool, seqlen: int) -> list[dict[str, Any]]:
+    """The masks of a model's layers at a length: whole or causal, within a window, or some layers each."""
+    whole = {"is_causal": is_causal}
+    local, sliding = part.get("local_attention"), part.get("sliding_window")
+    if local and local // 2 < seqlen:  # ModernBERT: half of it to each side
+        window = {"window": (local // 2, local // 2)}
+    elif is_causal and sliding and part.get("use_sliding_window", True) and sliding < seqlen:
+        window = {"window": (sliding - 1, 0)}  # as transformers counts, the token itself is one of them
+    else:
+        return [whole]
+    mixed = any(part.get(name) for name in ("global_attn_every_n_layers", "sliding_window_pattern"))
+    return [window, whole] if mixed or "full_attention" in (part.get("layer_types") or ()) else [window]

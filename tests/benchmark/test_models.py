@@ -47,6 +47,13 @@ def test_what_configurations_say(tmp_path: Path) -> None:
     assert of(hidden_size=768, num_attention_heads=12, max_position_embeddings=8192, local_attention=128)[0].window == (
         64, 64,
     )  # fmt: skip
+    modern = {"hidden_size": 768, "num_attention_heads": 12, "max_position_embeddings": 128, "local_attention": 128}
+    assert [shape.window for shape in of(**modern, global_attn_every_n_layers=3)] == [(64, 64), (-1, -1)]
+    mixed = of(**llama, sliding_window=1024, layer_types=["sliding_attention", "full_attention"])
+    assert [(shape.seqlen, shape.window, shape.is_causal) for shape in mixed[2:]] == [
+        (2048, (1023, 0), False), (2048, (-1, -1), True),
+    ]  # fmt: skip
+    assert of(model_type="clip_text_model", **text)[0].is_causal
     t5 = {"d_model": 768, "d_kv": 64, "num_heads": 12, "n_positions": 512, "relative_attention_num_buckets": 32}
     assert {shape.bias for shape in of(**t5)} == {1}
     assert models.shapes(str(tmp_path), (2,), "bfloat16")[0].dtype == "bfloat16"
