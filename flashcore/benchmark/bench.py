@@ -1,9 +1,7 @@
-"""`flashcore bench`: FlashCore beside the other libraries on your GPU, for your shapes.
+"""`flashcore bench`: FlashCore beside the other libraries, on the GPU's clock or on the host's.
 
     flashcore bench --suite nine --cold
-    flashcore bench --shape 32,12,384,64 --clock all --html bench.html
-    flashcore bench --from-model bert-base-uncased
-    flashcore bench host                                what a call costs the CPU, path by path
+    flashcore bench host
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from flashcore.benchmark import compare_peers, host
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark that the first argument names: `host`, else all libraries. Returns its exit status."""
+    """Run the benchmark that the first argument names: `host`, else device time. Returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     return host.main(arguments[1:]) if arguments[:1] == ["host"] else compare_peers.main(arguments)
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from flashcore.benchmark import models, page, peers_text, results
+from flashcore.benchmark import model_shapes, page, peers_text, results
 from flashcore.benchmark.isolation import Journal, Writer, supervise
 from flashcore.benchmark.shapes import SEED, SUITES, Shape
 from flashcore.benchmark.terminal import Terminal
@@ -262,7 +262,7 @@ def _shapes(options: argparse.Namespace) -> list[Shape]:
     dtype = options.dtype or "float16"
     own = [Shape(b, h, s, d, options.causal, dtype, **_features(options, b)) for b, h, s, d in options.shape]
     if options.from_model:
-        own += models.shapes(options.from_model, options.batch, options.dtype)
+        own += model_shapes.shapes(options.from_model, options.batch, options.dtype)
     suites = [shape for name in options.suite for shape in SUITES[name]]
     return list(dict.fromkeys(own if _own(options) else suites))
 
@@ -305,7 +305,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--from-model", metavar="NAME_OR_CONFIG", help="the shapes of a Hugging Face model: a path, or a name as "
         "bert-base-uncased"
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=models.BATCHES, metavar="B", help="with --from-model")
+    parser.add_argument("--batch", type=int, nargs="+", default=model_shapes.BATCHES, metavar="B", help="with --from-model")
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="with --shape (float16) or --from-model (its)")
     shape = parser.add_argument_group("with --shape")
     shape.add_argument("--causal", action="store_true", help="a causal mask")

@@ -10,23 +10,23 @@ from typing import Any
 
 import pytest
 
-from flashcore.benchmark import models
+from flashcore.benchmark import model_shapes
 from flashcore.benchmark.shapes import Shape
 
 
-@pytest.mark.parametrize("name", list(models.KNOWN))
+@pytest.mark.parametrize("name", list(model_shapes.KNOWN))
 def test_every_known_model_has_shapes(name: str) -> None:
-    found = models.shapes(name, batches=(1, 4))
+    found = model_shapes.shapes(name, batches=(1, 4))
     assert found and {shape.batch for shape in found} == {1, 4}
     assert all(shape.head_dim in (32, 64, 128) and shape.heads % shape.kv_heads == 0 for shape in found)
-    assert models.shapes(name.split("/")[-1].upper(), batches=(1, 4)) == found
+    assert model_shapes.shapes(name.split("/")[-1].upper(), batches=(1, 4)) == found
 
 
 def test_what_configurations_say(tmp_path: Path) -> None:
     def of(**config: Any) -> list[Shape]:
         (tmp_path / "config.json").write_text(json.dumps(config))
-        by_folder = models.shapes(str(tmp_path), batches=(2,))
-        assert models.shapes(str(tmp_path / "config.json"), batches=(2,)) == by_folder
+        by_folder = model_shapes.shapes(str(tmp_path), batches=(2,))
+        assert model_shapes.shapes(str(tmp_path / "config.json"), batches=(2,)) == by_folder
         return by_folder
 
     assert of(hidden_size=768, num_attention_heads=12, max_position_embeddings=512) == [
@@ -56,7 +56,7 @@ def test_what_configurations_say(tmp_path: Path) -> None:
     assert of(model_type="clip_text_model", **text)[0].is_causal
     t5 = {"d_model": 768, "d_kv": 64, "num_heads": 12, "n_positions": 512, "relative_attention_num_buckets": 32}
     assert {shape.bias for shape in of(**t5)} == {1}
-    assert models.shapes(str(tmp_path), (2,), "bfloat16")[0].dtype == "bfloat16"
+    assert model_shapes.shapes(str(tmp_path), (2,), "bfloat16")[0].dtype == "bfloat16"
     for incomplete in ({"hidden_size": 8}, {"hidden_size": 64, "num_attention_heads": 2}):
         with pytest.raises(ValueError, match="--from-model: the configuration of"):
             of(**incomplete)
@@ -76,9 +76,9 @@ def test_names_that_transformers_finds(monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = ModuleType("transformers")
     transformers.AutoConfig = AutoConfig  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "transformers", transformers)
-    assert models.shapes("somebody/model", (1,)) == [Shape(1, 4, 128, 32)]
+    assert model_shapes.shapes("somebody/model", (1,)) == [Shape(1, 4, 128, 32)]
     with pytest.raises(ValueError, match="finds no configuration of 'nobody'"):
-        models.shapes("nobody")
+        model_shapes.shapes("nobody")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match="'nobody' is no path and none of bert-base-uncased"):
-        models.shapes("nobody")
+        model_shapes.shapes("nobody")
