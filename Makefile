@@ -12,13 +12,14 @@ READY := .venv/.ready
 endif
 TRITONS := $(TRITON_OLDEST:%=.venv-triton/%/.ready) $(TRITON_NEWEST:%=.venv-triton/%/.ready)
 
-.PHONY: help validate test gpu-test lint report clean
+.PHONY: help validate test gpu-test lint docs report clean
 
 help:
 	@echo "make validate   is attention correct here, and how many microseconds does a sequence cost?"
 	@echo "make test       the tests; those that need a GPU are skipped where there is none"
 	@echo "make gpu-test   the tests that need a GPU, several at once, and what came of them in results/"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       the documents as a site in build/docs; warnings are errors"
 	@echo "make report     write the documents' figures anew from results/"
 	@echo "make clean      remove what the commands above made"
 
@@ -34,6 +35,9 @@ gpu-test: $(READY)
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+docs: $(READY)
+	$(PY) -m sphinx --quiet --fresh-env --fail-on-warning --keep-going --builder html docs build/docs
 
 report: $(READY)
 	$(PY) -m flashcore.benchmark.report

@@ -159,9 +159,13 @@ def test_contents(wheel: Path, unpacked: Path) -> None:
 
 
 def test_the_source_distribution_has_what_the_tests_read(unpacked: Path) -> None:
-    for name in (".github/release.py", "Makefile", "docs/design.md", "results/README.md", "tests/conftest.py"):
+    names = (
+        ".github/release.py", "CITATION.cff", "CONTRIBUTING.md", "Makefile", "SECURITY.md", "docs/conf.py",
+        "docs/design.md", "examples/shard_two_gpus.py", "results/README.md", "tests/conftest.py",
+    )  # fmt: skip
+    for name in names:
         assert (unpacked / name).is_file(), name
-    assert {p.suffix for p in (unpacked / "results").iterdir()} == {".json", ".md"}
+    assert {p.suffix for p in (unpacked / "results").rglob("*") if p.is_file()} == {".json", ".md", ".txt"}
 
 
 def test_twine_accepts_both(dist: Path) -> None:

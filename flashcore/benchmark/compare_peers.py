@@ -305,7 +305,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--from-model", metavar="NAME_OR_CONFIG", help="the shapes of a Hugging Face model: a path, or a name as "
         "bert-base-uncased"
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=model_shapes.BATCHES, metavar="B", help="with --from-model")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", default=model_shapes.BATCHES, metavar="B", help="with --from-model (1 8 32)"
+    )
     parser.add_argument("--dtype", choices=("float16", "bfloat16"), help="with --shape (float16) or --from-model (its)")
     shape = parser.add_argument_group("with --shape")
     shape.add_argument("--causal", action="store_true", help="a causal mask")

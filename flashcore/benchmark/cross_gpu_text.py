@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from flashcore.benchmark import peers_text, resources, results, validation_text
+from flashcore.benchmark.markdown import table, times
 from flashcore.benchmark.page import SUITE_TITLES
 from flashcore.measure import machine
 from flashcore.measure.statistics import geometric_mean
 
 Record = dict[str, Any]
-Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 MEANT_FOR = ("H100", "H200")  # without a record of one of these, the report says so
 
 
-def report(folder: Path) -> Iterator[str | Table]:
-    """Lines and tables (header, rows). Nothing without a record of any GPU."""
+def report(folder: Path) -> Iterator[str]:
+    """The report's lines. None without a record of any GPU."""
     validations = results.newest(folder, "validation")
     peers = {suite: peers_text.newest(folder, suite) for suite in SUITE_TITLES}
     gpus = sorted({*validations, *(gpu for found in peers.values() for gpu in found)})
@@ -33,7 +33,7 @@ def report(folder: Path) -> Iterator[str | Table]:
     yield ""
     yield "## Measured"
     yield ""
-    yield _validated(validations)
+    yield from _validated(validations)
     yield from _compared(gpus, peers)
     for name in MEANT_FOR:
         if not any(name in gpu for gpu in gpus):
@@ -49,7 +49,7 @@ def report(folder: Path) -> Iterator[str | Table]:
     )
 
 
-def _validated(validations: dict[str, Record]) -> Table:
+def _validated(validations: dict[str, Record]) -> Iterator[str]:
     rows = []
     for gpu, record in sorted(validations.items()):
         cases = record["cases"]
@@ -59,14 +59,14 @@ def _validated(validations: dict[str, Record]) -> Table:
             gpu, record["environment"]["recorded"][:10], f"{sum(case['correct'] for case in cases)} of {len(cases)}",
             f"{min(medians):.2f} to {max(medians):.2f}" if medians else "-",
             f"{sum(validation_text.on_target(record, case) for case in cases)} of {len(cases)}",
-            f"{geometric_mean(ratios):.2f}x" if ratios else "-",
+            times(geometric_mean(ratios) if ratios else None),
             f"[{record['file']}](../../results/{record['file']})",
         ))  # fmt: skip
     header = ("GPU", "Measured", "Correct", "P50, µs per sequence", "On target", "Torch's best, gpu warm", "Record")
-    return header, rows
+    yield from table(header, rows)
 
 
-def _compared(gpus: Sequence[str], peers: dict[str, dict[str, Record]]) -> Iterator[str | Table]:
+def _compared(gpus: Sequence[str], peers: dict[str, dict[str, Record]]) -> Iterator[str]:
     """The geometric mean of the ratios to the best peer: a row for each suite and clock, a column for each GPU."""
     rows = []
     held: dict[str, set[str]] = {}
@@ -90,13 +90,13 @@ def _compared(gpus: Sequence[str], peers: dict[str, dict[str, Record]]) -> Itera
         "FlashCore is ahead."
     )
     yield ""
-    yield ("Suite", "Clock", *gpus), rows
+    yield from table(("Suite", "Clock", *gpus), rows)
     for gpu, why in sorted(held.items()):
         yield f"{gpu}: the clock was held back during some of these runs ({', '.join(sorted(why))})."
         yield ""
 
 
-def _compiled(folder: Path, measured: Sequence[str]) -> Iterator[str | Table]:
+def _compiled(folder: Path, measured: Sequence[str]) -> Iterator[str]:
     """GPUs for which the kernels are compiled and audited, and on which nothing has run."""
     record, audit = results.newest_without_gpu(folder, "resources"), results.newest_without_gpu(folder, "audit-sass")
     if record is None:
@@ -122,7 +122,8 @@ def _compiled(folder: Path, measured: Sequence[str]) -> Iterator[str | Table]:
             f"{group['compiled']} of {group['variants']}", str(group["spilling"]), str(group["registers"]),
             f"{group['shared']:,} of {target['shared']:,}",
         ))  # fmt: skip
-    yield ("GPU", "", "Kernel", "D", "Compile", "Spill", "Registers, at most", "Shared memory, bytes at most"), rows
+    header = ("GPU", "", "Kernel", "D", "Compile", "Spill", "Registers, at most", "Shared memory, bytes at most")
+    yield from table(header, rows)
     environment = record["environment"]
     yield (
         f"Compiled {environment['recorded'][:10]} by Triton {environment['triton']}, commit "

@@ -17,7 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashcore.benchmark import cross_gpu_text, page, peers_text, plots, results, validation_text
+from flashcore.benchmark import cross_gpu_text, guide_text, page, peers_text, plots, results, validation_text
+from flashcore.benchmark.markdown import table as _table
+from flashcore.benchmark.markdown import times as _times
+from flashcore.benchmark.results import headline as _headline
 from flashcore.benchmark.shapes import Shape
 from flashcore.benchmark.terminal import us
 from flashcore.measure import machine
@@ -28,7 +31,6 @@ Record = dict[str, Any]
 VALIDATION = Path("docs/validation/EXPERT_VALIDATION_REPORT.md")
 PEERS = Path("docs/validation/PEERS.md")
 CROSS_GPU = Path("docs/validation/CROSS_GPU_VALIDATION_REPORT.md")
-HEADLINE = "H100"  # whose figures the README states
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 _GENERATED = "<!-- Generated from results/ by `python -m flashcore.benchmark.report`; not to be edited. -->"
 
@@ -72,18 +74,6 @@ def write(root: Path) -> list[Path]:
 def _document(lines: Iterator[str]) -> str | None:
     text = "\n".join(lines)
     return text + "\n" if text else None
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield "| " + " | ".join(header) + " |"
-    yield "|" + "|".join(" --- " if i == 0 else " ---: " for i in range(len(header))) + "|"
-    for row in rows:
-        yield "| " + " | ".join(cell.strip() for cell in row) + " |"
-    yield ""
-
-
-def _times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
 
 
 # -- the validation ---------------------------------------------------------------------------------------------
@@ -279,20 +269,13 @@ def _peer_row(case: Record, names: Sequence[str], clock: str, ceilings: Record |
 
 def _cross_gpu(folder: Path) -> Iterator[str]:
     """docs/validation/CROSS_GPU_VALIDATION_REPORT.md. No lines without a record of any GPU."""
-    for number, part in enumerate(cross_gpu_text.report(folder)):
+    for number, line in enumerate(cross_gpu_text.report(folder)):
         if number == 0:
             yield from (_GENERATED, "")
-        if isinstance(part, str):
-            yield part
-        else:
-            yield from _table(*part)
+        yield line
 
 
 # -- blocks inside other documents ------------------------------------------------------------------------------
-
-
-def _headline(records: dict[str, Record]) -> Record | None:
-    return next((record for gpu, record in sorted(records.items()) if HEADLINE in gpu), None)
 
 
 def nine(folder: Path) -> Iterator[str]:
@@ -342,12 +325,14 @@ def suites(folder: Path) -> Iterator[str]:
             cells.append(f"{geometric_mean(values):.2f}x ({min(values):.2f} to {max(values):.2f})" if values else "-")
         rows.append((*cells, record["environment"]["recorded"][:10]))
     if rows:
-        yield "The best peer's time divided by FlashCore's on an " + HEADLINE + ": geometric mean, least and most."
+        yield f"The best peer's time divided by FlashCore's on an {results.HEADLINE}: geometric mean, least and most."
         yield ""
         yield from _table(("Suite", "Shapes", "Inputs warm", "Inputs cold", "Measured"), rows)
 
 
-BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {"nine": nine, "suites": suites}
+BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
+    "nine": nine, "suites": suites, "clocks": guide_text.clocks, "host": guide_text.host, "behind": guide_text.behind,
+}  # fmt: skip
 
 
 def _block(name: str, folder: Path) -> str:

@@ -18,6 +18,7 @@ SCHEMA = 1
 _ABOVE = Path(__file__).resolve().parents[2]
 ROOT = _ABOVE if (_ABOVE / "pyproject.toml").exists() else Path.cwd()  # the checkout, where the package is in one
 FOLDER = ROOT / "results"
+HEADLINE = "H100"  # whose figures a document states that states one GPU's
 
 
 def timing(values: Sequence[float], **more: Any) -> dict[str, Any]:
@@ -95,6 +96,11 @@ def newest(
                 if before is None or before["environment"]["recorded"] <= record["environment"]["recorded"]:
                     found[gpu] = {**record, "file": path.name}
     return found
+
+
+def headline(records: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """Of one record a GPU that of HEADLINE; None where there is none."""
+    return next((record for gpu, record in sorted(records.items()) if HEADLINE in gpu), None)
 
 
 def newest_without_gpu(folder: Path, kind: str) -> dict[str, Any] | None:

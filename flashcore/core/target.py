@@ -13,13 +13,13 @@ class Target:
     name: str
     capability: tuple[int, int]
     sms: int
-    smem_per_block: int  # bytes of shared memory that one block may opt in to
-    smem_per_sm: int  # bytes
+    smem_per_block: int  #: bytes of shared memory that one block may opt in to
+    smem_per_sm: int  #: bytes
     l2_bytes: int
 
     @property
     def arch(self) -> int:
-        """Compute capability as one number: 80, 89, 90."""
+        """Compute capability as one number, as 80, 89 or 90."""
         return self.capability[0] * 10 + self.capability[1]
 
 

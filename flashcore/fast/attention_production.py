@@ -68,6 +68,9 @@ def attention(
         ValueError: shapes, strides, devices, dtypes or options that contradict each other.
         UnsupportedError: no kernel serves the problem; the message gives each kernel's reasons.
         RuntimeError: `out` where a gradient would be needed, or a first call inside a CUDA graph capture.
+
+    References:
+        FlashAttention-2 (Dao, 2023), with the online softmax of Milakov and Gimelshein (2018).
     """
     compiling = is_dynamo_compiling()  # a constant to Dynamo, which then never sees the ways around the operator
     if not compiling and shim.attend is not None:

@@ -31,10 +31,10 @@ class Explanation:
     """Which kernel and tile serve a call, and why no other does. `str()` of it is for people."""
 
     problem: Problem
-    target: Target | None  # None: CPU tensors
-    config: Config | None  # None: no kernel serves the call
-    refused: dict[str, tuple[str, ...]]  # the other kernels -> their reasons
-    launch: str  # how the host launches it
+    target: Target | None  #: None for CPU tensors
+    config: Config | None  #: None where no kernel serves the call
+    refused: dict[str, tuple[str, ...]]  #: the other kernels -> their reasons
+    launch: str  #: how the host launches it
 
     def __str__(self) -> str:
         p, c = self.problem, self.config
@@ -108,7 +108,7 @@ class Warmed:
 
     shape: Shape
     config: Config
-    kernels: int  # that had to be compiled, or fetched from Triton's cache, for it
+    kernels: int  #: how many had to be compiled for it, or fetched from Triton's cache
     seconds: float
 
 
@@ -135,7 +135,7 @@ def warmup(
         What was made ready, in order.
 
     Raises:
-        As `attention` does, before anything after the offending shape.
+        TypeError, ValueError, UnsupportedError: as `attention` does, before anything after the offending shape.
     """  # fmt: skip
     wanted = Options(**options)
     done = []

@@ -65,7 +65,7 @@ def attention_varlen(
         not later, lies within q, k and v, and is no longer than max_seqlen says.
 
     Raises:
-        As `attention` does.
+        TypeError, ValueError, UnsupportedError, RuntimeError: as `attention` does.
     """
     key: Key = (
         block_m, block_n, is_causal, scale, return_lse, _LAYOUT, backend, window, softcap, max_seqlen_q, max_seqlen_k,

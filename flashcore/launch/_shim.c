@@ -6,8 +6,10 @@
 
    A call is served only where nothing has to see it: exact tensor types, the thread's dispatch keys as they were when
    the entry was added, no forward-mode level, the context of the tensors' device. One that needs a gradient is handed
-   to autograd, which calls here again. Everything else returns None, and the caller goes the Python way. No header but Python's is needed, and libcuda is not linked: all
-   foreign functions arrive as addresses. */
+   to autograd, which calls here again. Everything else returns None, and the caller goes the Python way. No header but
+   Python's is needed, and libcuda is not linked: all foreign functions arrive as addresses.
+
+   One file, though it is long: Triton's machinery builds an extension from one source. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <stdint.h>
@@ -59,7 +61,7 @@ enum {
   OUT = 3,
   TENSORS = 7,     /* those and lse, which comes after out as in binding.TENSORS */
   DIMS = 4,
-  MAX_PARAMETERS = 64,
+  MAX_PARAMETERS = 96,
   MAX_BLOCK = 4096, /* bytes of parameters that a kernel can have */
   MAX_ATTRIBUTES = 4,
   MAPS = 64,       /* TMA descriptors kept for one parameter, a power of two */
@@ -160,7 +162,8 @@ static int looks_like(const DLTensor *t, const Look *look, const Entry *e) {
       && !memcmp(&t->device, &e->device, sizeof e->device);
 }
 
-/* Options are mostly the very objects of the entry: defaults, True, False, interned strings. A scale or a window need not be. */
+/* Options are mostly the very objects of the entry: defaults, True, False, interned strings. A scale or a window need
+   not be. */
 static int same_option(PyObject *a, PyObject *b) {
   if (a == b) return 1;
   if (PyFloat_CheckExact(a) && PyFloat_CheckExact(b)) return PyFloat_AS_DOUBLE(a) == PyFloat_AS_DOUBLE(b);
@@ -496,8 +499,8 @@ static void look_at(Entry *e, int i, const DLTensor *t) {
 
 /* add(tensors, options, aligned, extra_aligned, outputs, context, function, (gx, gy, gz, threads, shared), attributes,
        block, offsets, slots) -> handle for forward_of and set_apply, or None: serve calls that look like this one from now
-   on. `tensors` is (q, k, v, out, extra, extra), None = left out; `outputs` is (size, stride, dtype, lse size or None, lse stride, lse dtype); `slots`
-   has (offset in the block or -1, encoder or None) for q, k, v, out, lse, extra, extra. */
+   on. `tensors` is (q, k, v, out, extra, extra), None = left out; `outputs` is (size, stride, dtype, lse size or None,
+   lse stride, lse dtype); `slots` has (offset in the block or -1, encoder or None) for q, k, v, out, lse, extra, extra. */
 static PyObject *add(PyObject *module, PyObject *args) {
   (void)module;
   PyObject *tensors, *options, *outputs, *launch_numbers, *attributes, *offsets, *slots;

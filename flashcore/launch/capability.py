@@ -76,7 +76,8 @@ def _hopper(p: Problem, target: Target) -> list[str]:
         why.append(f"it needs a GPU of compute capability 9.0, {target.name} has {major}.{minor}")
     if not _triton().startswith(TRITON_RELEASES):
         tested = ", ".join(f"{release}x" for release in TRITON_RELEASES)
-        why.append(f"it was tested with Triton {tested}, not {_triton() or 'without Triton'}")
+        found = f"not {_triton()}" if _triton() else "and none is installed"
+        why.append(f"it was tested with Triton {tested}, {found}")
     why += _elements(p, MAX_HEAD_DIM_HOPPER)
     if not p.aligned:
         why.append("TMA wants every tensor to start at a multiple of 16 bytes")

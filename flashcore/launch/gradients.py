@@ -2,7 +2,8 @@
 
 flash       aten::_flash_attention_backward: half precision, no mask, no softcap; also windows and packed sequences
 efficient   aten::_efficient_attention_backward: masks and key counts as a bias, fp32, and v of another head dimension
-definition  torch operations, from scores computed anew in fp32: softcap, a gradient of lse, CPU tensors, second order
+definition  torch operations, from scores computed anew in fp32: softcap, a scale that is not positive, a gradient of
+            lse, CPU tensors, second order
 
 The first two read the forward pass's output and log-sum-exp. Neither is deterministic by itself: the order in which
 blocks add to one gradient changes its last bits. torch.use_deterministic_algorithms(True) makes the first one so, and
@@ -45,6 +46,8 @@ def route(call: Call, q: Tensor, k: Tensor, v: Tensor, extra: Extra) -> str | No
     if q.device.type != "cuda" or not torch.cuda.is_available() or options.backend == "reference" or options.softcap:
         return None
     if dim % 8 or dim_v % 8 or 0 in (q.numel(), k.numel(), *(call.longest or ())):
+        return None
+    if options.scale_for(dim) <= 0:  # both kernels scale what they have hidden, -inf
         return None
     arch = targets.current(q.device.index).arch
     half = q.dtype in (torch.float16, torch.bfloat16)
@@ -248,14 +251,16 @@ def _efficient(
     if group > 1:
         k, v = (t.repeat_interleave(group, 2) for t in (k, v))
     is_causal, window = bounds(options, seqlen_q, seqlen_k)
-    structure = _BOTTOM_RIGHT if is_causal and window == (-1, -1) and seqused_k is None else 0
+    # With a bias beside its own causal mask the kernel gave NaN: then the bias says it all.
+    structure = _BOTTOM_RIGHT if is_causal and window == (-1, -1) and extra == (None, None) else 0
     bias = _bias(options, q, seqlen_k, extra, structured=structure == 0)
     rows = -(-seqlen_q // _LSE_ROWS) * _LSE_ROWS
     # A row that reads no key has lse -inf, which would make NaN of its weights; +inf makes 0 of them.
     lse = F.pad(lse.masked_fill(lse == -torch.inf, torch.inf), (0, rows - seqlen_q), value=torch.inf)
+    packed = out.contiguous()  # whatever its strides, the kernel takes this one's rows to be heads_q * dim_v apart
     dropout = torch.empty(0, dtype=torch.int64, device=q.device)  # not read
     grad_q, grad_k, grad_v, grad_bias = _efficient_kernel(
-        _by_vectors(grad_out), _by_vectors(q), _by_vectors(k), _by_vectors(v), bias, _by_vectors(out), None, None,
+        _by_vectors(grad_out), _by_vectors(q), _by_vectors(k), _by_vectors(v), bias, packed, None, None,
         seqlen_q, seqlen_k, lse, 0.0, dropout, dropout, structure, wants_mask, scale=options.scale_for(dim),
     )  # fmt: skip
     if group > 1:

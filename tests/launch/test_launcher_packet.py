@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from flashcore.core.config import Config
 from flashcore.core.errors import UnsupportedError
-from flashcore.core.problem import Problem
+from flashcore.core.problem import Mask, Problem
 from flashcore.core.target import H100
 from flashcore.launch import compiled, driver, launcher, packet, shim
 from flashcore.launch.binding import Binding, Pointer, Scalar, Tma
@@ -46,10 +47,21 @@ def parameters_of(ptx: str) -> list[tuple[int, int]]:
     return found
 
 
+SCORED = {"window": (40, 20), "softcap": 5.0, "return_lse": True}
+VARIATIONS = {
+    "plain": {},
+    "lse": {"return_lse": True},
+    "all of a rectangle": {**SCORED, "mask": Mask(torch.float16, (65536, 16384, 128, 1)), "seqused_k": True},
+    "all of packed sequences": {
+        **SCORED, "packed": (200, 220), **{f"stride_{name}": (0, 64, 4 * 64) for name in "qkvo"},
+    },
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("return_lse", [False, True])
-def test_the_block_is_laid_out_as_the_compiled_kernel_reads_it(kernel, return_lse):
-    asked = problem(return_lse=return_lse)
+@pytest.mark.parametrize("variation", VARIATIONS)
+def test_the_block_is_laid_out_as_the_compiled_kernel_reads_it(kernel, variation):
+    asked = problem(**VARIATIONS[variation])
     assert not reasons(kernel, asked, H100)
     config = next(c for c in candidates(asked, H100) if c.kernel == kernel)
     binding = launcher.bind(asked, config, 0.125, H100)
@@ -58,6 +70,14 @@ def test_the_block_is_laid_out_as_the_compiled_kernel_reads_it(kernel, return_ls
     expected = parameters_of(made.ptx)
     assert list(zip(template.offsets, template.sizes, strict=True)) == expected
     assert template.fits(expected) and not template.fits(expected[:-1]) and not template.fits(None)
+    assert len(template.offsets) <= bound("MAX_PARAMETERS") and len(template.block) <= bound("MAX_BLOCK")
+
+
+def bound(name: str) -> int:
+    """A number of the shim's."""
+    found = re.search(rf"\b{name} = (\d+),", (Path(shim.__file__).parent / "_shim.c").read_text())
+    assert found
+    return int(found[1])
 
 
 def test_two_lengths_share_one_compilation_and_two_flags_do_not():

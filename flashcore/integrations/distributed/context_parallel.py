@@ -54,6 +54,9 @@ def context_parallel_attention(
             "all_to_all" can't share, or a group without this process. All ranks raise for what all can see;
             for what only one can see, the others wait until the group's timeout.
         UnsupportedError: no kernel serves the problem.
+
+    References:
+        "ring": Ring Attention (Liu, Zaharia, Abbeel, 2023). "all_to_all": DeepSpeed Ulysses (Jacobs and others, 2023).
     """
     _check(q, k, v, method, layout)
     device = q.device.type

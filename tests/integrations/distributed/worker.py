@@ -12,7 +12,6 @@ import io
 import json
 import multiprocessing
 import os
-import re
 import runpy
 import sys
 import time
@@ -41,6 +40,7 @@ from flashcore.integrations.distributed import (
     unshard,
 )
 from flashcore.testing import require
+from tests.docs.pages import blocks, text_of
 
 CASES: dict[str, Callable[[], None]] = {}
 RANK, RANKS = 0, 0  # of this process, once it is one of them
@@ -504,15 +504,15 @@ def the_benchmark_times_nothing_that_is_wrong() -> None:
 
 @case
 def the_documentation() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "distributed.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
+    examples = [block.text for block in blocks(text_of("docs/distributed.md"), "python")]
+    assert len(examples) == 2
+    for example in examples:
         q, k, v, _ = inputs(RANKS, RANKS, 4 * RANKS)
         names: dict[str, Any] = {
             "torch": torch, "q": q, "k": k, "v": v, "seqlen": 4 * RANKS, "group": None,
             "mesh": init_device_mesh("cpu", (RANKS,)),
         }  # fmt: skip
-        exec(block, names)
+        exec(example, names)
         found = names["whole"] if "whole" in names else names["out"].full_tensor()
         assert (found - attention(q, k, v, is_causal=True)).abs().max() < 1e-12
 

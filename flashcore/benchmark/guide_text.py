@@ -1,0 +1,108 @@
+"""The performance guide's figures, from results/: what the host pays, what batching brings, where peers are faster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from flashcore.benchmark import peers_text, results, validation_text
+from flashcore.benchmark.markdown import table, times
+from flashcore.benchmark.shapes import Shape
+from flashcore.benchmark.terminal import us
+
+Record = dict[str, Any]
+
+
+def _link(record: Record) -> str:
+    return f"[results/{record['file']}](../results/{record['file']})"
+
+
+def _source(record: Record) -> str:
+    return f"{record['environment']['gpu']}, {record['environment']['recorded'][:10]}, {_link(record)}"
+
+
+def clocks(folder: Path) -> Iterator[str]:
+    """One call on the clocks of the validation, and what a sequence costs."""
+    record = results.headline(results.newest(folder, "validation"))
+    if record is None:
+        return
+    rows = []
+    for case in record["cases"]:
+        figures = [validation_text.figure(case, "flashcore", clock) for clock in validation_text.CLOCKS]
+        call, warm, _ = figures
+        each = [None if f is None else f / case["shape"]["batch"] for f in (call, warm)]
+        rows.append((Shape(**case["shape"]).label, *map(us, figures), *map(us, each)))
+    yield f"µs, H=8, D=64, fp16. {_source(record)}."
+    yield ""
+    header = *validation_text.CLOCKS.values(), "call / B", "gpu warm / B"
+    yield from table(("Shape", *header), rows)
+
+
+def host(folder: Path) -> Iterator[str]:
+    """What a call costs the CPU, way by way, and what captured calls and first calls cost."""
+    record = results.headline(results.newest(folder, "host"))
+    if record is None:
+        return
+    rows = []
+    for case in record["cases"]:
+        for found in case["contestants"].values():
+            if "host" in found:
+                title = found["title"] + (", inputs require grad" if case["gradients"] else "")
+                rows.append((title, us(found["host"]["p50"]), times(found.get("over_sdpa", {}).get("value"))))
+    yield f"µs of CPU time a call, P50, and its ratio to SDPA's in the same rounds. {_source(record)}."
+    yield ""
+    yield from table(("Way", "µs", "of SDPA"), rows)
+    if replay := record.get("replay"):
+        call, kernel = replay["call"], replay["kernel"]
+        yield (
+            f"A captured call takes {call['us']:.2f} µs of the GPU in each replay, its kernel alone "
+            f"{kernel['us']:.2f} µs."
+        )
+        yield ""
+    waits = [
+        (title, *(_seconds(record["first_calls"].get(cache, {}).get(name)) for cache in ("cold", "warm")))
+        for name, title in (
+            ("process", "a process's first call"), ("kernel", "the first call that needs another kernel"),
+            ("length", "the first call of another length"), ("same", "the same call again"),
+        )
+    ]  # fmt: skip
+    yield from table(("What waits", "nothing compiled yet", "compiled by an earlier process"), waits)
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f} s" if value > 0.1 else f"{1e3 * value:.2f} ms"
+
+
+def behind(folder: Path) -> Iterator[str]:
+    """Every shape measured against the peers where FlashCore is not ahead beyond the noise."""
+    newest: dict[str, tuple[str, Record, Record]] = {}
+    for path in sorted(folder.glob("*.json")):
+        record = results.read(path)
+        if record["kind"] == "peers" and results.HEADLINE in (record["environment"]["gpu"] or ""):
+            for case in record["cases"]:
+                label, recorded = Shape(**case["shape"]).label, record["environment"]["recorded"]
+                if peers_text.ratio(case) and (label not in newest or newest[label][0] <= recorded):
+                    newest[label] = recorded, case, {**record, "file": path.name}
+    if not newest:
+        return
+    rows, files = [], set()
+    for label, (_, case, record) in newest.items():
+        found, best = peers_text.ratio(case), peers_text.best_peer(case)
+        if found is not None and best is not None and (found.value if found.low is None else found.low) <= 1:
+            figures = [us(peers_text.figure(case, name)) for name in ("flashcore", best)]
+            rows.append((label, *figures, best, times(found.value)))
+            files.add(_link(record))
+    measured = f"{len(newest)} shapes measured beside the peers"
+    if not rows:
+        yield f"Of the {measured} none has a peer that is faster, or level within the noise."
+        yield ""
+        return
+    yield (
+        f"{len(rows)} of the {measured}, warm in the L2; µs per call on the gpu clock, and the best peer's time "
+        f"divided by FlashCore's. {', '.join(sorted(files))}."
+    )
+    yield ""
+    yield from table(("Shape", "FlashCore", "Best peer", "which is", "Ratio"), rows)
