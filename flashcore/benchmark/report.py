@@ -210,6 +210,8 @@ def peers_report(folder: Path) -> Iterator[str]:
     for gpu in gpus:
         yield f"## {gpu}"
         yield ""
+        yield f"Everything below, and times per sequence, on [one page](peers-{results.slug(gpu)}.html)."
+        yield ""
         for suite, title in page.SUITE_TITLES.items():
             if gpu in found[suite]:
                 yield from _suite(title, found[suite][gpu])
