@@ -95,7 +95,9 @@ def supervised(
         Writer(path)(header=header)
     command = [sys.executable, "-m", "flashcore.benchmark.compare_peers", *arguments]
     deadline = time.monotonic() + options.budget
-    compiling_s = _compile_in_processes(command, options.jobs, options.patience, deadline)
+    if options.jobs:
+        print(f"compiling in {options.jobs} processes", flush=True)
+    compiling_s = _compile_in_processes(command, options.jobs, min(options.patience, options.budget / 3))
     with Terminal(len(shapes), "measuring") as terminal:
         for text in peers_text.head(protocol):
             terminal.line(text)
@@ -134,15 +136,14 @@ def supervised(
     }
 
 
-def _compile_in_processes(command: Sequence[str], jobs: int, patience_s: float, deadline: float) -> float:
-    """Have `jobs` processes compile before anything is timed. Returns the seconds that it took.
+def _compile_in_processes(command: Sequence[str], jobs: int, limit_s: float) -> float:
+    """Have `jobs` processes compile before anything is timed, for at most `limit_s`. Returns the seconds it took.
 
     Compilers keep what they made on disk, where the measuring process finds it. What goes wrong here goes wrong again
     there, and is reported there.
     """
     started = time.monotonic()
     environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # it starts a process for each core otherwise
-    deadline = min(deadline, started + patience_s)
     processes = [
         subprocess.Popen(
             [*command, "--compile", f"{i}/{jobs}"], env=environment, stdout=subprocess.DEVNULL,
@@ -152,7 +153,7 @@ def _compile_in_processes(command: Sequence[str], jobs: int, patience_s: float, 
     ]
     for process in processes:
         try:
-            process.wait(max(0.0, deadline - time.monotonic()))
+            process.wait(max(0.0, started + limit_s - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
