@@ -42,6 +42,7 @@ docs: $(READY)
 report: $(READY)
 	$(PY) -m flashcore.benchmark.report
 	$(PY) -m flashcore.benchmark.plots
+	$(PY) -m flashcore.benchmark.page
 
 # With a GPU, the torch that $(PYTHON) already has is used as it is, wherever it lives: a .pth file names its folder.
 # Without one, the pinned pair: see constraints-cpu.txt.

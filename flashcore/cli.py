@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, tuple[str, str]] = {  # name -> the module, what the overview says
     "info": ("flashcore.diagnostics", "What a bug report needs: GPU, driver, versions, and which kernels run here."),
     "validate": ("flashcore.benchmark.expert_validation", "Is attention correct here, and how fast is it?"),
-    "bench": ("flashcore.benchmark.bench", "How fast are the other libraries on the same problems?"),
+    "bench": ("flashcore.benchmark.bench", "How fast is it beside the other libraries, on your shapes?"),
     "compare": ("flashcore.benchmark.compare", "Two results files side by side: what got faster or slower?"),
+    "submit-results": ("flashcore.benchmark.submit", "One file of what was measured on your GPU, for an issue."),
     "audit": ("flashcore.security.audit", "Does what the kernels execute depend on the data? Reads machine code."),
     "tune": ("flashcore.benchmark.sweep", "Measure which tile is fastest for each problem, and write the table."),
 }

@@ -13,13 +13,13 @@ from flashcore.benchmark import results
 from flashcore.benchmark.peers import NotServedError, Peer, Prepared
 from flashcore.benchmark.shapes import SEED, Shape
 from flashcore.benchmark.terminal import kind_of
-from flashcore.measure import clocks, machine, statistics
+from flashcore.measure import clocks, machine, second_opinion, statistics
 from flashcore.testing import gates
 
 REPLAYS = 30
 ATTEMPTS = 3  # to time what is left after a contestant failed while it was timed
 
-Inputs = tuple[Tensor, Tensor, Tensor]
+Inputs = tuple[Tensor, ...]  # q, k, v, and the bias where the shape has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,15 @@ class Admission:
     """Whether a contestant may be timed, and why not.
 
     status: "ok", "missing" (not installed), "refused" (doesn't serve the shape), "wrong" (failed the error gate),
-    "failed" (raised). `errors` are the gate's figures: name -> value and limit.
+    "failed" (raised). `errors` are the gate's figures: name -> value and limit. `memory_bytes`: the most that a call
+    held at once of torch's memory beyond its inputs, the output included; None without a GPU.
     """
 
     status: str
     reason: str
     errors: dict[str, dict[str, float]]
     prepared: Prepared | None = None
+    memory_bytes: int | None = None
 
     def as_json(self, peer: Peer) -> dict[str, Any]:
         return {
@@ -41,6 +43,7 @@ class Admission:
             "reason": self.reason,
             "version": machine.installed(peer.distribution),
             "errors": self.errors,
+            **({} if self.memory_bytes is None else {"memory_bytes": self.memory_bytes}),
         }
 
 
@@ -50,16 +53,25 @@ def admit(peer: Peer, shape: Shape, inputs: Inputs) -> Admission:
     Raises:
         torch.AcceleratorError or RuntimeError: the CUDA context is lost; nothing in this process can be timed any more.
     """
-    q, k, v = inputs
+    q, k, v, *bias = inputs
+    memory = None
     try:
-        prepared = peer.prepare(shape, q, k, v)
+        peer.require(shape)
+        prepared = peer.prepare(shape, *inputs)
         poison(q)
         with prepared.context():
             out = prepared.output(prepared.call())
-        verdict = gates.check(out, q, k, v, is_causal=shape.is_causal)
+            if q.is_cuda:
+                memory = peak_memory(prepared.call)
+        options = shape.gate(q.device)
+        if bias:
+            options["attn_mask"] = bias[0]
+        verdict = gates.check(out, q, k, v, **options)
     except ImportError as missing:
         return Admission("missing", peer.install or str(missing), {})
-    except (NotServedError, NotImplementedError) as refusal:
+    except NotServedError as refusal:
+        return Admission("refused", str(refusal), {})
+    except NotImplementedError as refusal:
         return Admission("refused", kind_of(refusal), {})
     except Exception as error:
         _require_context()
@@ -67,13 +79,22 @@ def admit(peer: Peer, shape: Shape, inputs: Inputs) -> Admission:
     errors = {figure.name: {"value": figure.value, "limit": figure.limit} for figure in verdict.figures}
     if not verdict.passed:
         return Admission("wrong", verdict.failures, errors)
-    return Admission("ok", "", errors, prepared)
+    return Admission("ok", "", errors, prepared, memory)
 
 
 def _require_context() -> None:
     """Raises again where an error was one of the GPU's: those are final for the whole process."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
+
+
+def peak_memory(call: Callable[[], object]) -> int:
+    """The most bytes of torch's memory that a call holds at once, beyond what was held before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def poison(like: Tensor) -> None:
@@ -134,16 +155,35 @@ def _ratio(times: Mapping[str, Sequence[float]], name: str) -> dict[str, Any] | 
 
 
 def call_clock(
-    admitted: Mapping[str, Prepared], *, trials: int, warmup: int, progress: Callable[[int], object] | None = None
+    admitted: Mapping[str, Prepared], *, trials: int, warmup: int, progress: Callable[[int], object] | None = None,
+    ratios: bool = False,
 ) -> dict[str, dict[str, Any]]:
-    """Time admitted contestants on the call clock. Returns name -> latency."""
+    """Time admitted contestants on the call clock. Returns name -> latency.
+
+    `ratios`: also each one's time divided by FlashCore's, whose interval takes a tenth of a second for 1,000 trials.
+    """
     contestants = {name: _contestant([prepared]) for name, prepared in admitted.items()}
     times = clocks.call_times(contestants, trials=trials, warmup=warmup, progress=progress)
-    timed = {}
-    for name, values in times.items():
-        interval = statistics.median_interval(values)
-        timed[name] = results.latency(statistics.summarize(values), interval.low, interval.high)
-    return timed
+    return {name: _latency(times, name, ratios) for name in times}
+
+
+def host_clock(admitted: Mapping[str, Prepared], *, blocks: int = 50, calls: int = 100) -> dict[str, dict[str, Any]]:
+    """Time admitted contestants on the host clock. Returns name -> latency, with its ratio to FlashCore's."""
+    times = clocks.host_times({n: _contestant([p]) for n, p in admitted.items()}, blocks=blocks, calls=calls)
+    return {name: _latency(times, name, ratios=True) for name in times}
+
+
+def cross_check(peer: Peer, shape: Shape) -> dict[str, Any]:
+    """One contestant by our gpu clock and by another's: `measure.second_opinion.cross_check`."""
+    found = second_opinion.cross_check(_contestant([peer.prepare(shape, *shape.inputs())]))
+    return {"contestant": peer.name, "case": shape.label, **found}
+
+
+def _latency(times: Mapping[str, Sequence[float]], name: str, ratios: bool) -> dict[str, Any]:
+    interval = statistics.median_interval(times[name])
+    found = results.latency(statistics.summarize(times[name]), interval.low, interval.high)
+    ratio = _ratio(times, name) if ratios else None
+    return found if ratio is None else {**found, "over_flashcore": ratio}
 
 
 def _contestant(prepared: Sequence[Prepared]) -> clocks.Contestant:

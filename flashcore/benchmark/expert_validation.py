@@ -127,8 +127,8 @@ def measure(shape: Shape, trials: int, l2_bytes: int, terminal: Terminal) -> dic
     from flashcore.benchmark.peers import OURS, PEERS
     from flashcore.fast import planning
 
-    independent = shape.inputs()
-    shared = (independent[0], independent[0].clone(), independent[0].clone())
+    q, k, v = shape.inputs()
+    independent, shared = (q, k, v), (q, q.clone(), q.clone())
     peers = {"flashcore": OURS["flashcore"], **{name: PEERS[name] for name in validation_text.TORCH}}
     admissions = {name: contest.admit(peer, shape, independent) for name, peer in peers.items()}
     same_qkv = contest.admit(peers["flashcore"], shape, shared)

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from flashcore.benchmark.shapes import Shape
+from flashcore.benchmark import results
+from flashcore.benchmark.shapes import SUITES, Shape
 from flashcore.benchmark.terminal import us
 from flashcore.measure import machine
 from flashcore.measure.statistics import Interval, geometric_mean
 
 Record = dict[str, Any]
 
-CLOCKS = {"gpu_warm": "warm", "gpu_cold": "cold"}
+PLACES = 4  # shapes that a line names, before it counts the rest
+CLOCKS = {"gpu_warm": "gpu warm", "gpu_cold": "gpu cold", "call": "call", "host": "host"}  # as protocols name them
+
+
+def clocks(protocol: Record) -> list[str]:
+    """The clocks of a record, in CLOCKS' order."""
+    named = protocol["name"].split(" + ")
+    return [clock for clock, title in CLOCKS.items() if title in named]
 
 
 def figure(case: Record, name: str, clock: str = "gpu_warm") -> float | None:
-    """µs per call of one contestant; None where it has none."""
+    """Median µs per call of one contestant; None where it has none."""
     timed = case["contestants"][name].get(clock)
-    return timed["us"] if timed else None
+    if not timed:
+        return None
+    us: float = timed["us"] if "us" in timed else timed["p50"]
+    return us
 
 
 def best_peer(case: Record, clock: str = "gpu_warm") -> str | None:
@@ -36,14 +49,83 @@ def ratio(case: Record, clock: str = "gpu_warm") -> Interval | None:
 
 
 def tflops(case: Record, clock: str = "gpu_warm") -> float | None:
-    """FlashCore's useful arithmetic per second, in 10^12."""
-    ours = figure(case, "flashcore", clock)
+    """FlashCore's useful arithmetic per second of device time, in 10^12."""
+    ours = figure(case, "flashcore", clock) if clock.startswith("gpu") else None
     return Shape(**case["shape"]).flops / ours / 1e6 if ours is not None else None
+
+
+def roof(shape: Shape, ceilings: dict[str, float], clock: str) -> float:
+    """TFLOP/s that this GPU could reach: bound by matmul, or by reading q, k, v and writing the output once.
+
+    Warm, they move at the speed of copies inside the L2, and cold through HBM, as `measure.ceilings` measured both.
+    """
+    bandwidth = ceilings["hbm_copy_tb_s" if clock == "gpu_cold" else "l2_copy_tb_s"]
+    return min(ceilings["matmul_tflops"], shape.flops * bandwidth / (shape.input_bytes + shape.output_bytes))
+
+
+def share(case: Record, ceilings: dict[str, float] | None, clock: str = "gpu_warm") -> float | None:
+    """FlashCore's TFLOP/s as a part of the roof; None without both."""
+    done = tflops(case, clock)
+    return None if done is None or not ceilings else done / roof(Shape(**case["shape"]), ceilings, clock)
 
 
 def ratios(record: Record, clock: str) -> list[float]:
     """The ratio of every case that has one."""
     return [found.value for case in record["cases"] if (found := ratio(case, clock))]
+
+
+def of_suite(record: Record, suite: str) -> Record | None:
+    """A record's cases of one suite, as a record; None where the suite was not asked for.
+
+    It is complete when every case of that suite is there, whatever became of the others.
+    """
+    names = record["suite"].split()
+    if suite not in names:
+        return None
+    if "suites" not in record:  # one suite a file, as the first records were
+        return record if names == [suite] else None
+    order = {shape.label: place for place, shape in enumerate(SUITES.get(suite, ()))}
+    cases = [case for case in record["cases"] if suite in case["suites"]]
+    cases.sort(key=lambda case: order.get(case["case"], len(order)))
+    return {**record, "suite": suite, "complete": record["suites"][suite], "cases": cases}
+
+
+def newest(folder: Path, suite: str) -> dict[str, Record]:
+    """GPU -> the newest complete run of a suite."""
+    return results.newest(folder, "peers", part=lambda record: of_suite(record, suite))
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """FlashCore on one case beside something on another case of the same record; medians of both, no interval."""
+
+    shape: Shape
+    other: Shape
+    what: str
+    ratio: float
+
+
+def across(record: Record) -> list[Beside]:
+    """Comparisons that need two cases.
+
+    Sequences of different lengths: the best peer on the same batch as if it had no padding, divided by FlashCore's time
+    with lengths. Odd lengths beyond 64: FlashCore's time for a score divided by that at the next multiple of 64.
+    """
+    cases = {Shape(**case["shape"]): case for case in record["cases"]}
+    found = []
+    for shape, case in cases.items():
+        ours, full = figure(case, "flashcore"), replace(shape, lengths="")
+        if ours is None:
+            continue
+        if shape.lengths and full in cases and (best := best_peer(cases[full])):
+            theirs = figure(cases[full], best)
+            assert theirs is not None
+            found.append(Beside(shape, full, f"{best} on the padded batch without lengths / FlashCore", theirs / ours))
+        longer = replace(shape, seqlen=-(-shape.seqlen // 64) * 64)
+        if 64 < shape.seqlen < longer.seqlen and longer in cases and (even := figure(cases[longer], "flashcore")):
+            cost = ours / shape.scores / (even / longer.scores)
+            found.append(Beside(shape, longer, f"time per score / that of {longer.label}", cost))
+    return found
 
 
 def passed(record: Record) -> bool:
@@ -58,26 +140,25 @@ def _width(name: str) -> int:
 def head(protocol: Record) -> Iterator[str]:
     """The title and the column names."""
     names = protocol["contestants"]
-    yield f"FLASHCORE AND ITS PEERS: µs per call on the gpu clock ({protocol['name']}); ratio = best peer / FlashCore"
+    yield f"FLASHCORE AND ITS PEERS: µs per call ({protocol['name']}); ratio = best peer / FlashCore"
     columns = " ".join(f"{name:>{_width(name)}}" for name in names)
-    line = f"{'Shape':<20} {'L2':<5}{columns} {'Ratio':>7} {'TFLOP/s':>8}  Best peer"
+    line = f"{'Shape':<28} {'Clock':<9}{columns} {'Ratio':>7} {'TFLOP/s':>8} {'of roof':>8}  Best peer"
     yield line
     yield "-" * len(line)
 
 
-def rows(case: Record, protocol: Record) -> Iterator[str]:
+def rows(case: Record, protocol: Record, ceilings: dict[str, float] | None = None) -> Iterator[str]:
     """One shape: a row a clock."""
     label = Shape(**case["shape"]).label
-    for clock, title in CLOCKS.items():
-        if clock == "gpu_cold" and "cold" not in protocol["name"]:
-            continue
+    for clock in clocks(protocol):
         columns = " ".join(us(figure(case, name, clock), _width(name)) for name in protocol["contestants"])
-        times, done = ratio(case, clock), tflops(case, clock)
+        times, done, part = ratio(case, clock), tflops(case, clock), share(case, ceilings, clock)
         yield (
-            f"{label if clock == 'gpu_warm' else '':<20} {title:<5}{columns} "
-            f"{'-' if times is None else f'{times.value:.2f}x':>7} {'-' if done is None else f'{done:.0f}':>8}  "
-            f"{best_peer(case, clock) or '-'}"
+            f"{label:<28} {CLOCKS[clock]:<9}{columns} "
+            f"{'-' if times is None else f'{times.value:.2f}x':>7} {'-' if done is None else f'{done:.0f}':>8} "
+            f"{'-' if part is None else f'{100 * part:.0f}%':>8}  {best_peer(case, clock) or '-'}"
         )
+        label = ""
 
 
 def rest(record: Record) -> Iterator[str]:
@@ -95,6 +176,7 @@ def rest(record: Record) -> Iterator[str]:
             f"ceilings: matmul {found['matmul_tflops']:.0f} TFLOP/s, copy in L2 {found['l2_copy_tb_s']:.2f} TB/s, "
             f"in HBM {found['hbm_copy_tb_s']:.2f} TB/s, empty kernel {found['empty_kernel_us']:.2f} µs"
         )
+    yield from beside_the_table(record)
     yield from left_out(record)
     if reasons := machine.throttled(state for case in record["cases"] for state in case["gpu_states"]):
         yield f"NOTE: the GPU's clock was held back during this run: {', '.join(reasons)}."
@@ -102,13 +184,45 @@ def rest(record: Record) -> Iterator[str]:
         yield "NOTE: not every shape was measured."
 
 
+def beside_the_table(record: Record) -> Iterator[str]:
+    """What has no column: comparisons across cases, memory, the event floor and the cross-check of the clock."""
+    for beside in across(record):
+        yield f"{beside.shape.label}: {beside.what}: {beside.ratio:.2f}x"
+    yield from memory(record)
+    if floor := record.get("event_floor_us"):
+        yield f"event floor: CUDA events around nothing read {floor['p50']:.2f} µs (P50): no call can read less"
+    if checked := record.get("cross_check"):
+        yield (
+            f"cross-check: {checked['contestant']} on {checked['case']} takes {checked['ours_us']:.2f} µs by our clock "
+            f"and {checked['us']:.2f} by {checked['tool']} {checked['version']} ({100 * (checked['ratio'] - 1):+.1f}%)"
+        )
+
+
+def memory(record: Record) -> Iterator[str]:
+    """The most that a call of each contestant held beyond its inputs, over all shapes."""
+    most: dict[str, int] = {}
+    for case in record["cases"]:
+        for name, found in case["contestants"].items():
+            if "memory_bytes" in found:
+                most[name] = max(most.get(name, 0), found["memory_bytes"])
+    if most:
+        yield "memory of a call beyond its inputs, at most: " + ", ".join(
+            f"{name} {held / 2**20:.1f} MiB" for name, held in most.items()
+        )
+
+
 def left_out(record: Record) -> Iterator[str]:
-    """Who has no figures, where and why: one line for each reason."""
+    """Who has no figures, where and why: one line for each reason, and one alone for who is not installed."""
     where: dict[tuple[str, str, str], list[str]] = {}
     for case in record["cases"]:
         for name, found in case["contestants"].items():
             if found["status"] != "ok":
                 where.setdefault((name, found["status"], found["reason"]), []).append(Shape(**case["shape"]).label)
+    missing = {name: reason for name, status, reason in where if status == "missing"}
+    yield from (f"{name}: missing (everywhere): {reason}" for name, reason in missing.items())
     for (name, status, reason), labels in where.items():
-        places = "everywhere" if len(labels) == len(record["cases"]) else ", ".join(labels)
-        yield f"{name}: {status} ({places}): {reason}"
+        if name in missing:
+            continue
+        places = "everywhere" if len(labels) == len(record["cases"]) else ", ".join(labels[:PLACES])
+        more = f" and {len(labels) - PLACES} more" if len(labels) > PLACES and places != "everywhere" else ""
+        yield f"{name}: {status} ({places}{more}): {reason}"

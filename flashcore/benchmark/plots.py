@@ -15,7 +15,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,7 @@ STYLES = {
     "fa3": Style("#CC79A7", "<", "--"),
     "fa2": Style("#CC79A7", ">", ":"),
     "flex": Style("#000000", "X"),
+    "varlen": Style("#009E73", "$V$", "--"),
     "flashinfer": Style("#000000", "P", "--"),
     "xformers": Style("#000000", "d", ":"),
 }
@@ -90,12 +91,12 @@ def digest(record: Record) -> str:
 def places(record: Record) -> list[Place]:
     """Groups of one length where the batch varies within a length, else of one kind of problem."""
     shapes = [Shape(**case["shape"]) for case in record["cases"]]
-    by_length = len({replace(shape, batch=1) for shape in shapes}) < len(shapes)
+    labels = [shape.label.split() for shape in shapes]
+    by_length = len({(length, *rest) for length, _, *rest in labels}) < len(shapes)
     one_batch = len({shape.batch for shape in shapes}) == 1
     found: list[Place] = []
     x = -1.0
-    for shape in shapes:
-        length, batch, *rest = shape.label.split()
+    for length, batch, *rest in labels:
         if by_length:
             tick, group = batch, [length, *rest]
         elif one_batch:
@@ -213,7 +214,7 @@ def _tflops(panel: Axes, record: Record, clock: str, at: Sequence[Place]) -> Non
             panel.bar(place.x, ours, width=0.62, color=OURS)
         if best and (theirs := peers_text.figure(case, best, clock)):
             _mark(panel, place.x, shape.flops / theirs / 1e6, best, 8)
-        if ceilings and (limit := roof(shape, ceilings, clock)) < ceilings["matmul_tflops"]:
+        if ceilings and (limit := peers_text.roof(shape, ceilings, clock)) < ceilings["matmul_tflops"]:
             panel.hlines(limit, place.x - 0.42, place.x + 0.42, color="black", linewidth=1.6)
     panel.set_ylim(0)
     title = "Bars: FlashCore; markers: the best peer"
@@ -227,16 +228,6 @@ def _tflops(panel: Axes, record: Record, clock: str, at: Sequence[Place]) -> Non
         panel.set_ylim(0, max(panel.get_ylim()[1], 1.13 * ceilings["matmul_tflops"]))
         title += f"; strokes: {'L2' if clock == 'gpu_warm' else 'HBM'} ceiling"
     panel.set_title(title, fontsize=11)
-
-
-def roof(shape: Shape, ceilings: dict[str, float], clock: str) -> float:
-    """TFLOP/s that this GPU could reach: bound by matmul, or by reading q, k, v and writing the output once.
-
-    Warm, they move at the speed of copies inside the L2, and cold through HBM, as `measure.ceilings` measured both.
-    """
-    output = shape.batch * shape.heads * shape.seqlen * shape.head_dim * shape.torch_dtype.itemsize
-    bandwidth = ceilings["l2_copy_tb_s" if clock == "gpu_warm" else "hbm_copy_tb_s"]
-    return min(ceilings["matmul_tflops"], shape.flops * bandwidth / (shape.input_bytes + output))
 
 
 def _axis(panel: Axes, at: Sequence[Place]) -> None:
@@ -278,7 +269,7 @@ def _around(figure: Figure, panel: Axes, record: Record) -> None:
     ceilings = record["ceilings"]
     lines = [
         "Vertical lines through the best peer's marker: the ratio's 95% interval, mostly smaller than the marker. L2 "
-        "and HBM ceilings: q, k, v read and the output written once.",
+        "and HBM ceilings: every input read and the output written once.",
         f"{environment['recorded'][:10]}, commit {(environment['commit'] or 'unknown')[:12]}, driver "
         f"{environment['driver'] or 'unknown'}, CUDA {environment['cuda']}, PyTorch {environment['torch']}, Triton "
         f"{environment['triton']}; results/{record['file']}.",
@@ -318,9 +309,7 @@ def write(figure: Figure, path: Path, record: Record) -> Path:
 
 def newest(root: Path) -> list[Record]:
     """The newest complete run of every suite and GPU."""
-    return [
-        record for suite in SUITES for record in results.newest(root / "results", "peers", suite=suite).values()
-    ]
+    return [record for suite in SUITES for record in peers_text.newest(root / "results", suite).values()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,8 +3,9 @@
     python -m flashcore.benchmark.report            writes
     python -m flashcore.benchmark.report --check    exit status 1 when a document differs from what would be written
 
-docs/validation/EXPERT_VALIDATION_REPORT.md and PEERS.md are generated whole. In README.md and everywhere else in docs/
-the text between `<!-- results:NAME -->` and `<!-- /results -->` is, by the function of that name in BLOCKS.
+docs/validation/EXPERT_VALIDATION_REPORT.md, PEERS.md and CROSS_GPU_VALIDATION_REPORT.md are generated whole. In
+README.md and everywhere else in docs/ the text between `<!-- results:NAME -->` and `<!-- /results -->` is, by the
+function of that name in BLOCKS.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashcore.benchmark import guide_text, peers_text, plots, results, security_text, validation_text
+from flashcore.benchmark import (
+    cross_gpu_text,
+    guide_text,
+    page,
+    peers_text,
+    plots,
+    results,
+    security_text,
+    validation_text,
+)
 from flashcore.benchmark.markdown import table as _table
 from flashcore.benchmark.markdown import times as _times
 from flashcore.benchmark.results import headline as _headline
@@ -29,6 +39,7 @@ Record = dict[str, Any]
 
 VALIDATION = Path("docs/validation/EXPERT_VALIDATION_REPORT.md")
 PEERS = Path("docs/validation/PEERS.md")
+CROSS_GPU = Path("docs/validation/CROSS_GPU_VALIDATION_REPORT.md")
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 _GENERATED = "<!-- Generated from results/ by `python -m flashcore.benchmark.report`; not to be edited. -->"
 
@@ -39,6 +50,7 @@ def expected(root: Path) -> dict[Path, str | None]:
     texts: dict[Path, str | None] = {
         root / VALIDATION: _document(validation_report(results.newest(folder, "validation"))),
         root / PEERS: _document(peers_report(folder)),
+        root / CROSS_GPU: _document(_cross_gpu(folder)),
     }
     for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))):
         if path.exists() and path not in texts:
@@ -187,19 +199,10 @@ def _correctness_row(case: Record) -> tuple[str, ...]:
 
 # -- the peers --------------------------------------------------------------------------------------------------
 
-SUITE_TITLES = {
-    "nine": "The nine configurations",
-    "mid": "S = 1024 and 2048",
-    "causal": "Causal",
-    "b1": "One sequence",
-    "dims": "Other head dimensions",
-    "long": "Long sequences: 16k tokens in all",
-}
-
 
 def peers_report(folder: Path) -> Iterator[str]:
     """docs/validation/PEERS.md: one part a GPU and suite. No lines without a record."""
-    found = {suite: results.newest(folder, "peers", suite=suite) for suite in SUITE_TITLES}
+    found = {suite: peers_text.newest(folder, suite) for suite in page.SUITE_TITLES}
     gpus = sorted({gpu for records in found.values() for gpu in records})
     if not gpus:
         return
@@ -216,7 +219,9 @@ def peers_report(folder: Path) -> Iterator[str]:
     for gpu in gpus:
         yield f"## {gpu}"
         yield ""
-        for suite, title in SUITE_TITLES.items():
+        yield f"Everything below, and times per sequence, on [one page](peers-{results.slug(gpu)}.html)."
+        yield ""
+        for suite, title in page.SUITE_TITLES.items():
             if gpu in found[suite]:
                 yield from _suite(title, found[suite][gpu])
 
@@ -235,7 +240,7 @@ def _suite(title: str, record: Record) -> Iterator[str]:
         )
         yield ""
     names = [n for n in record["protocol"]["contestants"] if any(peers_text.figure(c, n) for c in record["cases"])]
-    for clock, warmth in peers_text.CLOCKS.items():
+    for clock, warmth in (("gpu_warm", "warm"), ("gpu_cold", "cold")):
         values = peers_text.ratios(record, clock)
         if not values:
             continue
@@ -246,6 +251,9 @@ def _suite(title: str, record: Record) -> Iterator[str]:
         yield ""
         rows = [_peer_row(case, names, clock, ceilings) for case in record["cases"]]
         yield from _table(("Shape", *names, "Ratio (95%)", "TFLOP/s", "of matmul"), rows)
+    if beside := list(peers_text.beside_the_table(record)):
+        yield from (f"- {line}" for line in beside)
+        yield ""
     left = list(peers_text.left_out(record))
     if left:
         yield "Without figures:"
@@ -267,13 +275,24 @@ def _peer_row(case: Record, names: Sequence[str], clock: str, ceilings: Record |
     )  # fmt: skip
 
 
+# -- several GPUs -----------------------------------------------------------------------------------------------
+
+
+def _cross_gpu(folder: Path) -> Iterator[str]:
+    """docs/validation/CROSS_GPU_VALIDATION_REPORT.md. No lines without a record of any GPU."""
+    for number, line in enumerate(cross_gpu_text.report(folder)):
+        if number == 0:
+            yield from (_GENERATED, "")
+        yield line
+
+
 # -- blocks inside other documents ------------------------------------------------------------------------------
 
 
 def nine(folder: Path) -> Iterator[str]:
     """The README's table: what a caller sees, and device time beside the best peer."""
     validation = _headline(results.newest(folder, "validation"))
-    peers = _headline(results.newest(folder, "peers", suite="nine"))
+    peers = _headline(peers_text.newest(folder, "nine"))
     if validation:
         cases = validation["cases"]
         medians = [p50 for case in cases if (p50 := validation_text.per_sequence(case, "p50")) is not None]
@@ -305,10 +324,26 @@ def _nine_row(case: Record) -> tuple[str, ...]:
     return Shape(**case["shape"]).label, ours, theirs, best or "-", _times(found.value if found else None)
 
 
+def suites(folder: Path) -> Iterator[str]:
+    """Every suite that was measured, in one row: how FlashCore stands beside the best peer, inputs warm and cold."""
+    rows = []
+    for suite, title in page.SUITE_TITLES.items():
+        if not (record := _headline(peers_text.newest(folder, suite))):
+            continue
+        cells = [title, str(len(record["cases"]))]
+        for clock in ("gpu_warm", "gpu_cold"):
+            values = peers_text.ratios(record, clock)
+            cells.append(f"{geometric_mean(values):.2f}x ({min(values):.2f} to {max(values):.2f})" if values else "-")
+        rows.append((*cells, record["environment"]["recorded"][:10]))
+    if rows:
+        yield f"The best peer's time divided by FlashCore's on an {results.HEADLINE}: geometric mean, least and most."
+        yield ""
+        yield from _table(("Suite", "Shapes", "Inputs warm", "Inputs cold", "Measured"), rows)
+
+
 BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
-    "nine": nine, "clocks": guide_text.clocks, "host": guide_text.host, "behind": guide_text.behind,
-    "nine": nine, "audit_sass": security_text.audit_sass, "timing": security_text.timing,
-    "timing_batch": security_text.timing_batch,
+    "nine": nine, "suites": suites, "clocks": guide_text.clocks, "host": guide_text.host, "behind": guide_text.behind,
+    "audit_sass": security_text.audit_sass, "timing": security_text.timing, "timing_batch": security_text.timing_batch,
 }  # fmt: skip
 
 

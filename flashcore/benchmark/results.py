@@ -7,7 +7,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -82,20 +82,35 @@ def read(path: Path) -> dict[str, Any]:
     return record
 
 
-def newest(folder: Path, kind: str, **fields: Any) -> dict[str, dict[str, Any]]:
-    """GPU -> the newest complete record of this kind whose top-level fields have these values."""
+def newest(
+    folder: Path, kind: str, part: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda record: record
+) -> dict[str, dict[str, Any]]:
+    """GPU -> the newest complete record of this kind, or of the part of one that `part` picks (None: has it not)."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*.json")):
-        record = read(path)
-        gpu = record["environment"]["gpu"]
-        fits = record["kind"] == kind and record.get("complete", True) and gpu is not None
-        if fits and all(record.get(name) == value for name, value in fields.items()):
-            before = found.get(gpu)
-            if before is None or before["environment"]["recorded"] <= record["environment"]["recorded"]:
-                found[gpu] = {**record, "file": path.name}
+        for whole in members(read(path)):
+            record = part(whole) if whole["kind"] == kind else None
+            gpu = whole["environment"]["gpu"]
+            if record is not None and record.get("complete", True) and gpu is not None:
+                before = found.get(gpu)
+                if before is None or before["environment"]["recorded"] <= record["environment"]["recorded"]:
+                    found[gpu] = {**record, "file": path.name}
     return found
 
 
 def headline(records: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     """Of one record a GPU that of HEADLINE; None where there is none."""
     return next((record for gpu, record in sorted(records.items()) if HEADLINE in gpu), None)
+
+
+def newest_without_gpu(folder: Path, kind: str) -> dict[str, Any] | None:
+    """The newest record of a kind that needs no GPU; None where there is none."""
+    found = [{**record, "file": path.name} for path in folder.glob("*.json") if (record := read(path))["kind"] == kind]
+    return max(found, key=lambda record: (record["environment"]["recorded"], record["file"]), default=None)
+
+
+def members(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records that a file holds: a submission's, or the one that it is."""
+    if record["kind"] != "submission":
+        return [record]
+    return [part for part in (record["validation"], *record["peers"]) if part is not None]

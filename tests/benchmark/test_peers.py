@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from types import ModuleType
 from typing import Any
@@ -11,9 +12,20 @@ import torch
 from torch import Tensor
 
 from flashcore.benchmark import contest
-from flashcore.benchmark.peers import ALL, PEERS, Peer
-from flashcore.benchmark.shapes import Shape
+from flashcore.benchmark.peers import ALL, PEERS, Peer, flex
+from flashcore.benchmark.shapes import FEATURES, Shape
+from flashcore.reference import oracle
 
+FEATURED = [
+    Shape(2, 4, 24, 16, bias=1),
+    Shape(2, 4, 24, 16, bias=2, is_causal=True),
+    Shape(3, 4, 48, 16, lengths="padded"),
+    Shape(3, 4, 48, 16, lengths="packed"),
+    Shape(3, 4, 48, 16, lengths="packed", is_causal=True, heads_kv=2),
+    Shape(2, 4, 49, 16, window=(8, 4)),
+    Shape(2, 4, 49, 16, window=(8, 0)),
+    Shape(2, 4, 24, 16, softcap=2.0),
+]
 SHAPES = [Shape(2, 4, 24, 16), Shape(2, 4, 24, 16, is_causal=True), Shape(2, 4, 24, 16, heads_kv=2)]
 
 
@@ -61,7 +73,8 @@ def test_flashinfer(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
             assert layout == "NHD" and workspace.dtype == torch.uint8
 
         def plan(self, q_starts: Tensor, k_starts: Tensor, heads: int, kv_heads: int, head_dim: int, *, causal: bool,
-                 q_data_type: torch.dtype) -> None:  # fmt: skip
+                 q_data_type: torch.dtype, window_left: int, logits_soft_cap: float | None) -> None:  # fmt: skip
+            assert window_left == -1 and logits_soft_cap is None
             assert q_starts.tolist() == k_starts.tolist() == [0, 24, 48]
             assert (heads, kv_heads, head_dim) == (shape.heads, shape.kv_heads, shape.head_dim)
             self.causal = causal
@@ -94,6 +107,87 @@ def test_those_that_run_on_a_cpu(name: str, shape: Shape) -> None:
     assert admitted(ALL[name], shape).status == "ok"
 
 
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, **options: Any) -> Tensor:
+    """Each packed sequence by itself, through the reference."""
+    assert all(t.is_contiguous() for t in (q, k, v)) and starts.dtype == torch.int32
+    parts = []
+    for a, b in itertools.pairwise(starts.tolist()):
+        one = (t[a:b].transpose(0, 1)[None] for t in (q, k, v))
+        parts.append(oracle.cpu(*one, **options)[0].transpose(0, 1))  # type: ignore[misc]
+    return torch.cat(parts)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("shape", FEATURED, ids=lambda shape: shape.label)
+@pytest.mark.parametrize("name", ["flashcore", "sdpa", "sdpa-math", "flex"])
+def test_features_on_a_cpu(name: str, shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    flex._compiled.cache_clear()
+    refused = name.startswith("sdpa") and shape.features & {"packed", "softcap"}
+    found = admitted(ALL[name], shape)
+    assert found.status == ("refused" if refused else "ok"), found.reason
+
+
+@pytest.mark.parametrize("shape", FEATURED, ids=lambda shape: shape.label)
+@pytest.mark.parametrize(("name", "package"), [("fa2", "flash_attn"), ("fa4", "flash_attn.cute")])
+def test_flash_attns_features(name: str, package: str, shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    def window(sides: tuple[int | None, int | None]) -> tuple[int, int]:
+        assert (None in sides) <= (name == "fa4") and (-1 in sides) <= (name == "fa2")
+        left, right = (-1 if side is None else side for side in sides)
+        return left, right
+
+    def flash_attn_func(
+        q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: Any = (-1, -1) if name == "fa2" else (None, None),
+        softcap: float = 0.0,
+    ) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out = oracle.cpu(q, k, v, is_causal=causal, window=window(window_size), softcap=softcap)
+        assert isinstance(out, Tensor)
+        return out.transpose(1, 2)
+
+    def flash_attn_varlen_func(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+        max_seqlen_k: int, causal: bool,
+    ) -> tuple[Tensor, None]:
+        assert cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k == max(shape.sequence_lengths)
+        return packed_attention(q, k, v, cu_seqlens_q, is_causal=causal), None
+
+    module(monkeypatch, "flash_attn")
+    module(monkeypatch, package, flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
+    found = admitted(PEERS[name], shape)
+    assert found.status == ("refused" if shape.features & {"bias", "padded"} else "ok"), found.reason
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *FEATURED], ids=lambda shape: shape.label)
+@pytest.mark.parametrize("windows", [False, True])
+def test_varlen(windows: bool, shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    def old(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
+            is_causal: bool = False) -> Tensor:  # fmt: skip
+        assert max_q == max_k == max(shape.sequence_lengths)
+        return packed_attention(q, k, v, cu_seq_q, is_causal=is_causal)
+
+    def new(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+            window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False) -> Tensor:  # fmt: skip
+        assert enable_gqa == (shape.kv_heads != shape.heads)
+        return packed_attention(q, k, v, cu_seq_q, window=window_size)
+
+    package = pytest.importorskip("torch.nn.attention.varlen", reason="came with torch 2.10")
+    monkeypatch.setattr(package, "varlen_attn", new if windows else old)
+    refused = shape.features & ({"bias", "padded", "softcap"} if windows else {"bias", "padded", "softcap", "window"})
+    found = admitted(PEERS["varlen"], shape)
+    assert found.status == ("refused" if refused else "ok"), found.reason
+
+
+@pytest.mark.parametrize("name", list(PEERS))
+def test_a_refusal_names_its_features(name: str) -> None:
+    assert set(PEERS[name].refuses) <= set(FEATURES)
+    reasons = {part for reason in PEERS[name].refuses.values() for part in reason.split("; ")}
+    for shape in FEATURED:
+        if shape.features & set(PEERS[name].refuses):
+            found = admitted(PEERS[name], shape)
+            assert found.status == "refused" and set(found.reason.split("; ")) <= reasons
+
+
 @pytest.mark.parametrize("name", ["fa2", "fa3", "fa4", "flashinfer", "xformers"])
 def test_what_is_not_installed_is_named_with_its_install_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("flash_attn", "flash_attn.cute", "flash_attn_interface", "flashinfer", "xformers", "xformers.ops"):
@@ -111,3 +205,31 @@ def test_on_a_gpu(name: str, shape: Shape) -> None:
     if found.status in ("missing", "refused"):
         pytest.skip(found.reason)
     assert found.status == "ok", found.reason
+    assert found.memory_bytes is not None and found.memory_bytes >= shape.output_bytes
+
+
+SERVES = {  # who has to serve what, where it is installed
+    "bias": {"flashcore", "sdpa", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flex"},
+    "padded": {"flashcore", "sdpa", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flex"},
+    "packed": {"flashcore", "varlen", "flex", "fa2", "fa3", "fa4", "flashinfer"},
+    "window": {"flashcore", "sdpa", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flex", "varlen", "fa2", "fa3", "fa4"},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", list(ALL))
+@pytest.mark.parametrize(
+    "shape",
+    [Shape(2, 8, 128, 64, bias=1), Shape(4, 12, 256, 64, lengths="padded"), Shape(4, 12, 256, 64, lengths="packed"),
+     Shape(2, 8, 256, 64, window=(128, 0))],
+    ids=lambda s: s.label,
+)  # fmt: skip
+def test_features_on_a_gpu(name: str, shape: Shape) -> None:
+    found = contest.admit(ALL[name], shape, shape.inputs())
+    (feature,) = shape.features
+    if found.status == "missing":
+        pytest.skip(found.reason)
+    if name in SERVES[feature]:
+        assert found.status == "ok", found.reason
+    assert found.status in ("ok", "refused"), found.reason

@@ -111,6 +111,11 @@ def test_warm_alone_without_ceilings_and_a_shape_that_nobody_serves() -> None:
         ("b1", ["S128", "S512", "S1024"], ["B1"]),
         ("dims", ["S128", "S256", "S512", "S1024"] * 3, ["B32 D32", "B32 D96", "B32 D128"]),
         ("causal", ["B8", "B32"] * 4, [f"S{s} causal" for s in (128, 512, 1024, 2048)]),
+        ("bias", ["S128", "S256", "S512"] * 4,
+         [f"B32{d} bias{n}" for d in (" D32", "") for n in (1, 32)]),
+        ("padded", ["S256", "S512"] * 2, ["B32 H12 padded", "B32 H12"]),
+        ("odd", ["S197", "S256", "S257", "S320", "S577", "S640"], ["B32 H12"]),
+        ("window", ["S128", "S512", "S2048"] * 2, ["B8 window128,128", "B8 window128,0"]),
         ("long", [f"S{s} B{16384 // s}" for s in (512, 1024, 2048, 4096, 8192, 16384)] * 4,
          ["H32", "H32 causal", "H16 D128", "H16 D128 causal"]),
     ],
@@ -125,9 +130,9 @@ def test_cases_are_named_and_grouped(suite: str, ticks: list[str], groups: list[
 def test_roof() -> None:
     ceilings = {"matmul_tflops": 700.0, "l2_copy_tb_s": 5.0, "hbm_copy_tb_s": 2.5}
     # 4 * 128^2 * 64 operations a head and sequence; four tensors of 128 x 64 in fp16: 64 operations a byte
-    assert plots.roof(Shape(8, 8, 128, 64), ceilings, "gpu_warm") == pytest.approx(64 * 5.0)
-    assert plots.roof(Shape(8, 8, 128, 64), ceilings, "gpu_cold") == pytest.approx(64 * 2.5)
-    assert plots.roof(Shape(8, 8, 512, 64), ceilings, "gpu_warm") == 700.0
+    assert peers_text.roof(Shape(8, 8, 128, 64), ceilings, "gpu_warm") == pytest.approx(64 * 5.0)
+    assert peers_text.roof(Shape(8, 8, 128, 64), ceilings, "gpu_cold") == pytest.approx(64 * 2.5)
+    assert peers_text.roof(Shape(8, 8, 512, 64), ceilings, "gpu_warm") == 700.0
 
 
 def test_contestants_can_be_told_apart_without_colour() -> None:

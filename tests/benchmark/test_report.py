@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flashcore.benchmark import report, results
+from flashcore.benchmark.shapes import SUITES
 from tests.benchmark import records
 
 README = "# Title\n\n<!-- results:nine -->\n<!-- /results -->\n\nThe end.\n"
@@ -28,7 +29,7 @@ def test_the_repositorys_documents_say_what_its_results_say() -> None:
 
 def test_documents_are_written_once(root: Path) -> None:
     written = {path.relative_to(root) for path in report.write(root)}
-    assert written == {Path("README.md"), report.VALIDATION, report.PEERS}
+    assert written == {Path("README.md"), report.VALIDATION, report.PEERS, report.CROSS_GPU}
     assert report.write(root) == [] and report.stale(root) == []
 
 
@@ -98,9 +99,74 @@ def test_peers_report_has_every_suite_and_every_absence(root: Path) -> None:
     assert "1.50x (1.49 to 1.51)" in text or "1.50x (1.50 to 1.50)" in text
 
 
+def resources_record() -> dict[str, object]:
+    def case(arch: int, head_dim: int, registers: int, spills: int = 0, error: str = "") -> dict[str, object]:
+        config = {"kernel": "portable", "block_m": 64, "block_n": 64, "num_warps": 4, "num_stages": 2, "schedule": ""}
+        return {
+            "kernel": "portable", "config": config, "problem": {"head_dim": head_dim}, "arch": arch, "triton": "9.8",
+            "registers": registers, "spills": spills, "shared": 1000 * registers, "error": error, "ok": not error,
+        }  # fmt: skip
+
+    return {
+        "kind": "resources", "environment": records.environment(gpu=None),  # type: ignore[arg-type]
+        "targets": {"80": {"gpu": "NVIDIA A100-SXM4-80GB", "shared": 166_912}, "90": {"gpu": records.GPU, "shared": 1}},
+        "cases": [case(80, 64, 100), case(80, 64, 90, spills=8), case(80, 128, 255, error="too much"), case(90, 64, 7)],
+    }  # fmt: skip
+
+
+def test_what_was_compiled_is_not_called_measured(root: Path) -> None:
+    results.write(root / "results" / "resources.json", resources_record())
+    audit = {"kind": "audit-sass", "environment": {"recorded": "2001-02-03", "gpu": None}, "summary": [
+        {"arch": 80, "variants": 50, "clean": 49, "controls": 2, "controls_caught": 2}]}  # fmt: skip
+    results.write(root / "results" / "audit.json", audit)
+    report.write(root)
+    text = (root / report.CROSS_GPU).read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| NVIDIA A100")]
+    assert rows == [
+        "| NVIDIA A100-SXM4-80GB | sm_80 | portable | 64 | 2 of 2 | 1 | 100 | 100,000 of 166,912 |",
+        "| NVIDIA A100-SXM4-80GB | sm_80 | portable | 128 | 0 of 1 | 0 | 255 | 255,000 of 166,912 |",
+    ]
+    assert "has not been run on NVIDIA A100-SXM4-80GB: no speed and no result there has been measured" in text
+    assert "found 49 of 50 variants clean and caught 2 of 2 planted controls" in text
+    assert f"| {records.GPU} | 2001-01-01 | 9 of 9 |" in text and "sm_90" not in text
+    assert "| The nine configurations | gpu warm | 1.50x (9 of 9) |" in text
+    assert "There is no record of an H200 yet." in text and "no record of an H100" not in text
+
+
+def test_another_gpu_is_another_column(root: Path) -> None:
+    other = records.environment(gpu="NVIDIA H200")
+    slower = records.peers(environment=other)
+    for case in slower["cases"]:
+        for peer in case["contestants"].values():
+            if "gpu_warm" in peer:
+                peer["gpu_warm"]["over_flashcore"]["value"] *= 0.5
+        case["gpu_states"] = [{"sm_mhz": 1, "held_back_by": ["software power cap"]}]
+    submission = {"kind": "submission", "environment": other, "validation": records.validation(environment=other),
+                  "peers": [slower]}  # fmt: skip
+    results.write(root / "results" / "submission.json", submission)
+    report.write(root)
+    text = (root / report.CROSS_GPU).read_text()
+    assert "| The nine configurations | gpu warm | 1.50x (9 of 9) | 0.75x (0 of 9) |" in text
+    assert "NVIDIA H200: the clock was held back during some of these runs (software power cap)." in text
+    assert "no record of" not in text and "| NVIDIA H200 | 2001-01-01 |" in text
+    assert "## NVIDIA H200" in (root / report.PEERS).read_text()
+
+
 def test_an_incomplete_run_is_not_reported(tmp_path: Path) -> None:
     results.write(tmp_path / "results" / "p.json", records.peers(complete=False))
     assert report.write(tmp_path) == []
+
+
+def test_a_row_for_each_suite(root: Path) -> None:
+    (root / "docs" / "guide.md").write_text("<!-- results:suites -->\n<!-- /results -->\n")
+    results.write(root / "results" / "b1.json", records.peers("b1", SUITES["b1"]))
+    results.write(root / "results" / "h200.json", records.peers("mid", [], environment=records.environment("H200")))
+    report.write(root)
+    rows = [line for line in (root / "docs" / "guide.md").read_text().splitlines() if line.startswith("| ")]
+    assert rows[2:] == [
+        f"| {title} | {n} | 1.50x (1.50 to 1.50) | 1.50x (1.50 to 1.50) | 2001-01-01 |"
+        for title, n in (("The nine configurations", 9), ("One sequence", 3))
+    ]
 
 
 def test_an_unknown_block_is_an_error(root: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flashcore.benchmark.peers import flash_attn, flashinfer, flex, ours, sdpa, triton_plain, xformers
+from flashcore.benchmark.peers import flash_attn, flashinfer, flex, ours, sdpa, triton_plain, varlen, xformers
 from flashcore.benchmark.peers.peer import NotServedError, Peer, Prepared
 
 __all__ = ["ALL", "OURS", "PEERS", "NotServedError", "Peer", "Prepared"]
@@ -12,7 +12,7 @@ PEERS: dict[str, Peer] = {
     p.name: p
     for p in (
         sdpa.DEFAULT, sdpa.FLASH, sdpa.CUDNN, triton_plain.TRITON_PLAIN, flash_attn.FA4, flash_attn.FA3,
-        flash_attn.FA2, flex.FLEX, flashinfer.FLASHINFER, xformers.XFORMERS, sdpa.EFFICIENT, sdpa.MATH,
+        flash_attn.FA2, flex.FLEX, varlen.VARLEN, flashinfer.FLASHINFER, xformers.XFORMERS, sdpa.EFFICIENT, sdpa.MATH,
     )
 }  # fmt: skip
 ALL: dict[str, Peer] = {**OURS, **PEERS}

@@ -4,29 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 from torch import Tensor
 
-from flashcore.benchmark.peers.peer import Peer, Prepared, bshd, output_of_bshd
+from flashcore.benchmark.peers.peer import Peer, Prepared, bshd, first, output_of_bshd
 from flashcore.benchmark.shapes import Shape
 
+_REFUSES = {"bias": "adds no tensor to the scores", "padded": "its padded call takes no lengths; see packed sequences"}
 
-def _from(module: str) -> Callable[[Shape, Tensor, Tensor, Tensor], Prepared]:
+
+def _from(module: str, unbounded: int | None) -> Callable[..., Prepared]:
+    """`unbounded`: how this package says that a window has no end on one side."""
+
     def prepare(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
         try:
-            attend = import_module(module).flash_attn_func
+            package = import_module(module)
+            attend = package.flash_attn_varlen_func if shape.lengths else package.flash_attn_func
         except AttributeError as other:  # flash-attn-4 alone leaves a `flash_attn` that holds only `cute`
             raise ImportError(f"{module} has no flash_attn_func") from other
+        options: dict[str, Any] = {"causal": shape.is_causal}
+        if shape.window != (-1, -1):
+            options["window_size"] = tuple(unbounded if side < 0 else side for side in shape.window)
+        if shape.softcap:
+            options["softcap"] = shape.softcap
+        if shape.lengths:
+            starts, longest = shape.cu_seqlens(q.device), max(shape.sequence_lengths)
+            options |= {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+            options |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
+            q, k, v = (shape.pack(t) for t in (q, k, v))
+            return Prepared(lambda: attend(q, k, v, **options), lambda out: shape.unpack(first(out)))
         q, k, v = bshd(q, k, v)
-        causal = shape.is_causal
-        return Prepared(lambda: attend(q, k, v, causal=causal), output_of_bshd)
+        return Prepared(lambda: attend(q, k, v, **options), output_of_bshd)
 
     return prepare
 
 
-FA2 = Peer("fa2", "flash-attn 2", _from("flash_attn"), "flash-attn", "pip install flash-attn --no-build-isolation")
-FA3 = Peer(
-    "fa3", "flash-attn 3", _from("flash_attn_interface"), "flash-attn-3",
-    "pip install ./hopper from a checkout of github.com/Dao-AILab/flash-attention",
+FA2 = Peer(
+    "fa2", "flash-attn 2", _from("flash_attn", -1), "flash-attn", "pip install flash-attn --no-build-isolation",
+    _REFUSES,
 )  # fmt: skip
-FA4 = Peer("fa4", "flash-attn 4", _from("flash_attn.cute"), "flash-attn-4", "pip install --pre flash-attn-4")
+FA3 = Peer(
+    "fa3", "flash-attn 3", _from("flash_attn_interface", -1), "flash-attn-3",
+    "pip install ./hopper from a checkout of github.com/Dao-AILab/flash-attention", _REFUSES,
+)  # fmt: skip
+FA4 = Peer(
+    "fa4", "flash-attn 4", _from("flash_attn.cute", None), "flash-attn-4", "pip install --pre flash-attn-4", _REFUSES
+)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -33,16 +33,23 @@ class Prepared:
 class Peer:
     """One way to compute attention.
 
-    `prepare(shape, q, k, v)` takes contiguous [B, H, S, D] inputs on a GPU and converts and plans, all untimed.
-    It raises ImportError where the peer is not installed, NotServedError where it doesn't serve the shape; it never
-    arranges for another implementation to step in.
+    `prepare(shape, q, k, v)` takes contiguous [B, H, S, D] inputs on a GPU, a bias [1 or B, H, S, S] behind them where
+    the shape has one, and converts and plans, all untimed. It raises ImportError where the peer is not installed,
+    NotServedError where it doesn't serve the shape; it never arranges for another implementation to step in.
+    `refuses` names the features (shapes.FEATURES) that it doesn't serve, each with the reason.
     """
 
     name: str
     title: str
-    prepare: Callable[[Shape, Tensor, Tensor, Tensor], Prepared]
+    prepare: Callable[..., Prepared]
     distribution: str = "torch"  # whose version is recorded
     install: str = ""  # for who has it not; "" = it comes with FlashCore's own dependencies
+    refuses: Mapping[str, str] = field(default_factory=dict)
+
+    def require(self, shape: Shape) -> None:
+        """Raises NotServedError with every reason why this peer does not serve the shape's features."""
+        if reasons := dict.fromkeys(self.refuses[name] for name in sorted(shape.features) if name in self.refuses):
+            raise NotServedError("; ".join(reasons))
 
 
 def bshd(*tensors: Tensor) -> list[Tensor]:
@@ -50,7 +57,12 @@ def bshd(*tensors: Tensor) -> list[Tensor]:
     return [t.transpose(1, 2).contiguous() for t in tensors]
 
 
-def output_of_bshd(result: Any) -> Tensor:
-    """[B, H, S, D] of a [B, S, H, D] result, the first of a tuple where a peer returns more."""
+def first(result: Any) -> Tensor:
+    """The output where a peer returns more beside it."""
     out: Tensor = result[0] if isinstance(result, tuple) else result
-    return out.transpose(1, 2)
+    return out
+
+
+def output_of_bshd(result: Any) -> Tensor:
+    """[B, H, S, D] of a [B, S, H, D] result."""
+    return first(result).transpose(1, 2)

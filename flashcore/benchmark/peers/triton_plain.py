@@ -132,4 +132,5 @@ def _prepare(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
     return _launcher(shape, _best_stages(shape), q, k, v)
 
 
-TRITON_PLAIN = Peer("triton-plain", "plain Triton", _prepare, "triton")
+_REFUSES = dict.fromkeys(("bias", "padded", "packed", "softcap", "window"), "a plain kernel knows a causal mask alone")
+TRITON_PLAIN = Peer("triton-plain", "plain Triton", _prepare, "triton", refuses=_REFUSES)

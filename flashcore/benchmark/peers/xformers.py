@@ -6,17 +6,24 @@ from importlib import import_module
 
 from torch import Tensor
 
-from flashcore.benchmark.peers.peer import NotServedError, Peer, Prepared, bshd, output_of_bshd
+from flashcore.benchmark.peers.peer import Peer, Prepared, bshd, output_of_bshd
 from flashcore.benchmark.shapes import Shape
 
 
-def _prepare(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
+def _prepare(shape: Shape, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Prepared:
     ops = import_module("xformers.ops")
-    if shape.kv_heads != shape.heads:
-        raise NotServedError("takes shared key and value heads only in a 5-D layout of its own")
+    mask = None if bias is None else bias.expand(shape.batch, -1, -1, -1)
+    if shape.is_causal:
+        mask = ops.LowerTriangularMask() if mask is None else ops.LowerTriangularMaskWithTensorBias(mask)
     q, k, v = bshd(q, k, v)
-    mask = ops.LowerTriangularMask() if shape.is_causal else None
     return Prepared(lambda: ops.memory_efficient_attention(q, k, v, attn_bias=mask), output_of_bshd)
 
 
-XFORMERS = Peer("xformers", "xformers", _prepare, "xformers", "pip install xformers")
+_LENGTHS = "its masks for lengths and windows are not measured here"
+XFORMERS = Peer(
+    "xformers", "xformers", _prepare, "xformers", "pip install xformers",
+    {
+        "gqa": "takes shared key and value heads only in a 5-D layout of its own", "softcap": "has no soft cap",
+        "padded": _LENGTHS, "packed": _LENGTHS, "window": _LENGTHS,
+    },
+)  # fmt: skip
