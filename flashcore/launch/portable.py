@@ -14,7 +14,7 @@ from flashcore.launch.binding import Binding, Pointer, Scalar, length_pointers, 
 
 _MAX_GRID_Z = 65_535
 _FAR = 2**31 - 256  # elements from a tile's first row on, where the columns' part no longer fits 32 bits
-_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _MASK_TYPES = {torch.bool: "*u8", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 _OPTIONAL = (  # parameters that are None where the problem does not use them
     "lse", "mask", "stride_mb", "stride_mh", "stride_mm", "stride_mn", "seqused_k", "cu_seqlens_q", "cu_seqlens_k",
@@ -91,6 +91,7 @@ def columns(dim: int, aligned_rows: bool) -> tuple[int, int]:
 
 
 def stride_unit(problem: Problem) -> int:
-    """How many elements one unit of a stride stands for: 8 (16 bytes) when every stride is a multiple of it."""
+    """How many elements one unit of a stride stands for: 16 bytes of them when every stride is a multiple of it."""
     p = problem
-    return 8 if all(s % 8 == 0 for s in (*p.stride_q, *p.stride_k, *p.stride_v, *p.stride_o)) else 1
+    unit = 16 // p.dtype.itemsize
+    return unit if all(s % unit == 0 for s in (*p.stride_q, *p.stride_k, *p.stride_v, *p.stride_o)) else 1

@@ -78,7 +78,10 @@ def multiply(a, b, acc, EMULATED: tl.constexpr):
     """a @ b + acc in fp32; Triton's interpreter would multiply the bit patterns of bf16."""
     if EMULATED:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc)
+    if a.dtype == tl.float32:  # by FFMA: tensor cores would round the operands to 11 bits
+        return tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc)
 
 
 @triton.jit
@@ -112,14 +115,15 @@ def apply_mask(
 
     MASK_M, MASK_N: 0 where the mask is broadcast over the rows, or over the keys, and is read once for all of them.
     """
-    tile = mask
-    inside = keys[None, :] < seqlen_k
+    tile = mask + tl.zeros([1, 1], tl.int64)
+    inside = tl.full([1, 1], True, tl.int1)
     if MASK_M:
         tile += rows.to(tl.int64)[:, None] * stride_mm
         inside &= rows[:, None] < seqlen_q
     if MASK_N:
         tile += keys.to(tl.int64)[None, :] * stride_mn
-    values = tl.load(tile + tl.zeros(inside.shape, tl.int32), mask=inside, other=0)
+        inside &= keys[None, :] < seqlen_k
+    values = tl.load(tile, mask=inside, other=0)
     if mask.dtype.element_ty == tl.uint8:
         return tl.where(values != 0, scores, NEGATIVE_INFINITY)
     else:
@@ -128,11 +132,20 @@ def apply_mask(
 
 
 @triton.jit
-def softmax_tile(scores, qk_scale, row_max, row_sum):
-    """One step of the online softmax. Returns (weights, factor for what was accumulated before, maximum, sum)."""
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * qk_scale)
-    rescale = tl.math.exp2(row_max - new_max)
-    weights = tl.math.exp2(scores * qk_scale - new_max[:, None])  # one FFMA and one MUFU per score
+def softmax_tile(scores, qk_scale, row_max, row_sum, BIAS: tl.constexpr):
+    """One step of the online softmax. Returns (weights, factor for what was accumulated before, maximum, sum).
+
+    The maximum is in units of log2. With a bias it is one of the scores: they may be as low as the lowest finite
+    number, where the rounding of their product with a factor is itself more than exp2 can take.
+    """
+    if BIAS:
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        rescale = tl.math.exp2((row_max - new_max) * LOG2E)
+        weights = tl.math.exp2((scores - new_max[:, None]) * LOG2E)
+    else:
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * qk_scale)
+        rescale = tl.math.exp2(row_max - new_max)
+        weights = tl.math.exp2(scores * qk_scale - new_max[:, None])  # one FFMA and one MUFU per score
     return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
 
 
@@ -172,7 +185,7 @@ def attend(
             if start_n >= whole:
                 scores = hide(scores, rows, start_n + keys, seqlen_k, last_key, left, right, CAUSAL)
         weights, rescale, row_max, row_sum = softmax_tile(
-            scores, LOG2E if BIAS or cap is not None else qk_scale, row_max, row_sum
+            scores, qk_scale if cap is None else LOG2E, row_max, row_sum, BIAS
         )
         v_tile = load_rows(v, start_n, keys, stride_vn, seqlen_k, 0, BLOCK_DV, HEAD_DIM_V, BOUND)
         weights = narrow(weights, v_tile.dtype, EMULATED)
@@ -200,8 +213,8 @@ def attention_forward(
 ):  # fmt: skip
     """One tile of BLOCK_M query rows of one head.
 
-    q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv], o [B, Hq, Sq, Dv], fp16 or bf16, last dimension
-    contiguous; lse fp32 [B, Hq, Sq] contiguous, or None. Sk may be 0.
+    q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv], o [B, Hq, Sq, Dv], fp16, bf16 or fp32, last
+    dimension contiguous; lse fp32 [B, Hq, Sq] contiguous, or None. Sk may be 0.
 
     None where an option is not in use: mask (bytes of a bool, or floats to add), over the scores by its own strides;
     seqused_k int32 [B]; cu_seqlens_q, cu_seqlens_k int32 [B + 1] of packed q, o [total_q, Hq, D] and k, v
@@ -211,7 +224,7 @@ def attention_forward(
     qk_scale: softmax scale times log2(e), above 0: the row maximum is taken before scaling, and a hidden score,
         -inf, times 0 would be NaN. NEGATE_Q serves a negative scale; negation is exact. Without the factor of log2(e)
         where the scores get a bias, and with 2 / cap where cap bounds the scores.
-    STRIDE_UNIT: strides are counted in this many elements. 8 (16 bytes) makes every row's address a multiple of
+    STRIDE_UNIT: strides are counted in this many elements. 16 bytes of them make every row's address a multiple of
         16 bytes in the compiler's eyes, which one 16-byte load per thread needs, whatever the head size.
     WIDE: offsets inside of a tile need 64 bits.
     EVEN_M, EVEN_N: the tiles divide Sq, Sk.
@@ -330,7 +343,12 @@ def attention_forward(
             BLOCK_DV, REST_DV, HEAD_DIM_V, not EVEN_M, HIDES, EMULATED,
         )  # fmt: skip
     if lse is not None:
-        log_sum = tl.where(saw_nothing, NEGATIVE_INFINITY, (row_max + tl.math.log2(row_sum)) * LN2)
+        BIAS: tl.constexpr = mask is not None and mask.dtype.element_ty != tl.uint8
+        if BIAS:
+            log_sum = row_max + tl.math.log2(row_sum) * LN2
+        else:
+            log_sum = (row_max + tl.math.log2(row_sum)) * LN2
+        log_sum = tl.where(saw_nothing, NEGATIVE_INFINITY, log_sum)
         if cu_seqlens_q is not None:
             first = head * total_q + first_row
         else:
