@@ -89,7 +89,17 @@ def portable_smem(problem: Problem, config: Config, target: Target) -> int:
     rows = config.block_m * max(d, dv)  # q first, the output last
     weights = 0 if wgmma and config.num_warps * 16 == config.block_m else config.block_m * config.block_n
     reduction = 4 * config.block_m * config.num_warps  # row maxima and sums of warps that share rows
-    return problem.dtype.itemsize * (rows + tiles * config.block_n * (d + dv) + weights) + reduction
+    elements = rows + tiles * config.block_n * (d + dv) + weights
+    return problem.dtype.itemsize * elements + reduction + _mask_smem(problem, config)
+
+
+def _mask_smem(problem: Problem, config: Config) -> int:
+    """A mask is read as it lies in memory and passes through shared memory to the threads that hold the scores."""
+    if problem.mask is None:
+        return 0
+    *_, row, key = problem.mask.strides
+    rows, keys = (config.block_m if row else 1), (config.block_n if key else 1)
+    return rows * keys * max(2, problem.mask.dtype.itemsize)
 
 
 def padded(dim: int, aligned_rows: bool) -> int:

@@ -87,7 +87,7 @@ def test_the_limits_are_those_of_the_contract(dtype: torch.dtype, seqlen: int) -
     assert verdict.max_error.value < 0.8 * verdict.max_error.limit
 
 
-def test_fp32_is_held_to_fp32() -> None:
+def test_tensor_cores_are_no_fp32() -> None:
     """A path in fp32 passes; tensor cores that round its operands to the 11 bits of tf32 do not, nor one operand."""
     q, k, v = make("independent", Shape(1, 2, 128, 64, seqlen_k=1024), torch.float32)
     verdict = require(attention(q, k, v, compute_dtype=torch.float32), q, k, v)
