@@ -54,13 +54,25 @@ _PORTABLE_SM80: _Tiles = {
     256: ((64, 32, 8, 2), (64, 32, 8, 3), (32, 64, 8, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
 }  # fmt: skip
 
-# fp32 is multiplied by FFMA, whose operands and results are all in registers: 32 x 32 scores keep 4 warps busy, and
-# code grows with the tile.
+# A mask's tile is in registers beside the scores.
+_PORTABLE_SM90_MASKED: _Tiles = {
+    64: ((64, 64, 4, 2), (64, 32, 4, 2), (16, 64, 4, 2)),
+    128: ((64, 64, 8, 2), (64, 32, 4, 2)),
+    192: ((64, 32, 8, 2), (32, 32, 4, 2)),
+    256: ((64, 32, 8, 2), (16, 32, 4, 2)),
+}
+_PORTABLE_SM80_MASKED: _Tiles = {
+    64: ((64, 32, 4, 2), (16, 64, 4, 2)),
+    128: ((64, 32, 4, 2), (32, 32, 4, 2)),
+    192: ((64, 16, 4, 2), (32, 32, 4, 2)),
+    256: ((64, 32, 8, 2), (32, 32, 4, 2)),
+}
+# fp32 is multiplied by FFMA, whose operands and results are all in registers, and code grows with the tile.
 _PORTABLE_FP32: _Tiles = {
-    64: ((32, 32, 4, 2), (64, 32, 4, 2), (16, 32, 4, 2)),
-    128: ((32, 32, 4, 2), (64, 32, 8, 2), (16, 32, 4, 2)),
-    256: ((32, 32, 8, 2), (16, 32, 4, 2)),
-}  # fmt: skip
+    64: ((64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
+    256: ((32, 32, 8, 2), (16, 32, 8, 2)),
+}
+_PORTABLE_FP32_MASKED: _Tiles = {256: ((32, 32, 8, 2), (16, 32, 8, 2))}
 
 
 _HEAD_DIMS = tuple(_PORTABLE_SM90)
@@ -68,12 +80,13 @@ _HEAD_DIMS = tuple(_PORTABLE_SM90)
 
 def _portable(problem: Problem, target: Target) -> tuple[Config, ...]:
     """The portable kernel's configurations for this head dimension that fit the GPU's shared memory."""
+    masked = problem.mask is not None
     if problem.dtype == torch.float32:
-        tiles, schedule = _PORTABLE_FP32, ""
+        tiles, schedule = _PORTABLE_FP32_MASKED if masked else _PORTABLE_FP32, ""
     elif target.arch >= 90:
-        tiles, schedule = _PORTABLE_SM90, ""
+        tiles, schedule = _PORTABLE_SM90_MASKED if masked else _PORTABLE_SM90, ""
     else:
-        tiles, schedule = _PORTABLE_SM80, "split"
+        tiles, schedule = _PORTABLE_SM80_MASKED if masked else _PORTABLE_SM80, "split"
     dim = max(padded(dim, problem.aligned_rows) for dim in (problem.head_dim, problem.head_dim_v))
     fitting = next(tiles[most] for most in tiles if dim <= most)
     configs = (Config("portable", *tile, schedule) for tile in fitting)
@@ -99,7 +112,7 @@ def _mask_smem(problem: Problem, config: Config) -> int:
         return 0
     *_, row, key = problem.mask.strides
     rows, keys = (config.block_m if row else 1), (config.block_n if key else 1)
-    return rows * keys * max(2, problem.mask.dtype.itemsize)
+    return rows * keys * 4
 
 
 def padded(dim: int, aligned_rows: bool) -> int:
