@@ -63,8 +63,8 @@ _PORTABLE_SM90_MASKED: _Tiles = {
 }
 _PORTABLE_SM80_MASKED: _Tiles = {
     64: ((64, 32, 4, 2), (16, 64, 4, 2)),
-    128: ((64, 32, 4, 2), (32, 32, 4, 2)),
-    192: ((64, 16, 4, 2), (32, 32, 4, 2)),
+    128: ((64, 32, 8, 2), (32, 32, 4, 2)),
+    192: ((32, 32, 4, 2),),
     256: ((64, 32, 8, 2), (32, 32, 4, 2)),
 }
 # fp32 is multiplied by FFMA, whose operands and results are all in registers, and code grows with the tile.
