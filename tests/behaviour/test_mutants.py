@@ -94,6 +94,7 @@ CALLS = [
         Shape(2, 2, 33, 32, seqlen_k=70), softcap=3.0, scale=1.0,
         attn_mask=bias(2, 2, 33, 70, dtype=torch.float32, hidden=torch.finfo(torch.float32).min),
     ),
+    call(Shape(1, 2, 20, 32, seqlen_k=64), attn_mask=bias(2, 20, 64)),  # rows whole 16 bytes apart
     hides_nan_keys(),
     call(Shape(4, 1, 20, 32, seqlen_k=64), seqused_k=lengths(40, 3, -3, 99)),
     call(Shape(3, 2, 70, 32, heads_kv=1, seqlen_k=40), seqused_k=lengths(33, 0, 50), is_causal=True),
