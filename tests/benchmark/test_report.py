@@ -29,7 +29,7 @@ def test_the_repositorys_documents_say_what_its_results_say() -> None:
 
 def test_documents_are_written_once(root: Path) -> None:
     written = {path.relative_to(root) for path in report.write(root)}
-    assert written == {Path("README.md"), report.VALIDATION, report.PEERS, report.CROSS_GPU}
+    assert written == {Path("README.md"), report.VALIDATION, report.PEERS, report.CROSS_GPU, report.SUPPORT}
     assert report.write(root) == [] and report.stale(root) == []
 
 
@@ -54,7 +54,7 @@ def test_a_new_measurement_makes_documents_stale(root: Path) -> None:
 
 def test_without_results_nothing_is_said(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(README)
-    assert report.write(tmp_path) == []
+    assert report.write(tmp_path) == [tmp_path / report.SUPPORT]  # which is about code
     report_path = tmp_path / report.VALIDATION
     report_path.parent.mkdir(parents=True)
     report_path.write_text("figures from nowhere")
@@ -154,7 +154,7 @@ def test_another_gpu_is_another_column(root: Path) -> None:
 
 def test_an_incomplete_run_is_not_reported(tmp_path: Path) -> None:
     results.write(tmp_path / "results" / "p.json", records.peers(complete=False))
-    assert report.write(tmp_path) == []
+    assert report.write(tmp_path) == [tmp_path / report.SUPPORT]
 
 
 def test_a_row_for_each_suite(root: Path) -> None:
