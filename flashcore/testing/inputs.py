@@ -267,6 +267,15 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
     return LAYOUTS[layout](tensor)
 
 
+def place(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor` on `device` with its strides, its alignment and the memory around it; itself if it is there already."""
+    if tensor.device == torch.device(device):
+        return tensor
+    size = tensor.untyped_storage().nbytes() // tensor.element_size()
+    memory = torch.as_strided(tensor, (size,), (1,), 0).to(device)
+    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
 # -- guarded outputs --------------------------------------------------------------------------------------------
 
 

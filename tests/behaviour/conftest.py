@@ -23,6 +23,8 @@ from torch import Tensor
 
 from flashcore.fast.attention_production import attention
 from flashcore.testing import require
+from flashcore.testing.inputs import place
+from flashcore.testing.problems import JUDGED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -106,14 +108,7 @@ class Route:
 
     def place(self, value: Any) -> Any:
         """A tensor on this route's device, with its strides, its alignment and the memory around it."""
-        if not isinstance(value, Tensor) or value.device.type != "cpu" or self.device == "cpu":
-            return value
-        size = value.untyped_storage().nbytes() // value.element_size()
-        memory = torch.as_strided(value, (size,), (1,), 0).to(self.device)
-        return memory.as_strided(value.shape, value.stride(), value.storage_offset())
-
-
-JUDGED = ("is_causal", "scale", "window", "softcap", "attn_mask", "seqused_k")
+        return place(value, self.device) if isinstance(value, Tensor) and value.device.type == "cpu" else value
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,341 @@
+"""Random problems of attention and attention_varlen: every option together with every other, each from one integer.
+
+    python -m flashcore.testing.problems 1234 --backend portable --device cuda
+
+runs problem 1234 once more and says what the gates found; with --count, as many from there on. On a CPU the portable
+kernel needs TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from random import Random
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashcore.core.errors import UnsupportedError
+from flashcore.testing.gates import check
+from flashcore.testing.inputs import FAMILIES, LAYOUTS, Guarded, Inputs, Shape, lay_out, make, place, poison_padding
+
+KIN = 100  # consecutive seeds that share what a kernel is compiled for, so that a GPU's time goes into running them
+LONGEST = 300  # rows, and keys, of a sequence
+MOST_SCORES = 2**21  # of one problem: what its fp64 reference holds
+DTYPES = (torch.float16, torch.bfloat16)
+MASK_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32)
+JUDGED = ("is_causal", "scale", "window", "softcap", "attn_mask", "seqused_k")
+BROADCAST = ("batch_broadcast", "head_broadcast", "row_broadcast")
+
+
+class Call(NamedTuple):
+    """The arguments of one call, those of attention_varlen where there is a cu_seqlens_q among them."""
+
+    tensors: dict[str, Tensor]
+    options: dict[str, Any]  # `out` as the layout that Guarded gives it, "" = none
+
+    @property
+    def packed(self) -> bool:
+        return "cu_seqlens_q" in self.tensors
+
+    def __str__(self) -> str:
+        sizes = [f"{n} {t.dtype} {list(t.shape)} strides {list(t.stride())}" for n, t in self.tensors.items()]
+        lengths = [f"{n} = {t.tolist()}" for n, t in self.tensors.items() if t.dtype == torch.int32]
+        return "; ".join((*sizes, *lengths, str(self.options)))
+
+
+def random_problem(seed: int, longest: int = LONGEST) -> Call:
+    """Problem number `seed` on the CPU: the same one on every machine; sequences have at most `longest` rows."""
+    return draw(Random(seed // KIN), Random(f"{seed} of {KIN}"), longest)
+
+
+def draw(kind: Random, detail: Random, longest: int = LONGEST) -> Call:
+    """A problem: what a compiled kernel depends on is drawn from `kind`, the sizes and values from `detail`."""
+    packed = kind.random() < 0.25
+    dtype = kind.choice(DTYPES)
+    dim = kind.choice((32, 64, 64, 128, 8 * kind.randint(1, 16), 8 * kind.randint(1, 32)))
+    dim_v = dim if kind.random() < 0.7 else 8 * kind.randint(1, 32)
+    group = kind.choice((1, 1, 2, 3, 4))
+    options: dict[str, Any] = {
+        "is_causal": kind.random() < 0.4,
+        "return_lse": kind.random() < 0.8,
+        "block_m": kind.choice((None, None, None, 64)),
+        "out": kind.choice(("", "", "contiguous", "bshd", "padded")),
+    }
+    if kind.random() < 0.35:
+        options["softcap"] = detail.choice((0.5, 1.0, 5.0, 20.0, 30.0, 50.0))
+    sign = kind.choice((1.0, 1.0, 1.0, -1.0))
+    size = detail.choice((None, None, None, 0.0, 1e-30, 1e-3, 0.3, 1.0))
+    if size is not None or sign < 0:
+        options["scale"] = sign * (dim**-0.5 if size is None else size)
+    window = kind.choice((None, None, (True, True), (True, False), (False, True)))
+    layouts = [kind.choice(("contiguous", "contiguous", "bshd", *LAYOUTS)) for _ in "qkv"]
+
+    heads_kv = detail.randint(1, 3)
+    made = _packed if packed else _padded
+    tensors, lengths = made(kind, detail, longest, (heads_kv * group, heads_kv, dim, dim_v), dtype, layouts)
+    options |= lengths
+    if window is not None:
+        most = max(size for t in tensors.values() for size in t.shape)
+        options["window"] = tuple(detail.choice((0, 1, detail.randint(0, most + 2))) if side else -1 for side in window)
+    return Call(tensors, options)
+
+
+def _lengths(detail: Random, longest: int, pairs: int) -> tuple[int, int]:
+    """Rows and keys, so that all scores of `pairs` heads are not too many."""
+    def length() -> int:
+        kind = detail.random()
+        if kind < 0.02:
+            return 0
+        if kind < 0.1:
+            return 1
+        if kind < 0.25:
+            return max(1, detail.randint(0, longest // 32)) * 32
+        return detail.randint(1, longest if kind < 0.6 else max(1, longest // 3))
+
+    rows, keys = length(), length()
+    if detail.random() < 0.3:
+        keys = rows
+    most = MOST_SCORES // pairs
+    return min(rows, most), min(keys, most // max(1, rows))
+
+
+def _padded(
+    kind: Random, detail: Random, longest: int, sizes: tuple[int, int, int, int], dtype: torch.dtype,
+    layouts: list[str],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    heads_q, heads_kv, dim, dim_v = sizes
+    layout = kind.choice(("bhsd", "bhsd", "bshd"))
+    masked, used = kind.random() < 0.45, kind.random() < 0.3
+    batch = detail.choice((1, 1, 2, 3))
+    rows, keys = _lengths(detail, longest, batch * heads_q)
+    shape = Shape(batch, heads_q, rows, dim, heads_kv, keys, dim_v)
+    inputs = _inputs(detail, shape, dtype)
+    extra: dict[str, Tensor] = {}
+    if used:
+        counts = [detail.choice((keys, detail.randint(0, keys), detail.randint(-3, keys + 3))) for _ in range(batch)]
+        extra["seqused_k"] = torch.tensor(counts, dtype=torch.int32)
+        if not {*layouts[1:]} & {*BROADCAST}:
+            inputs = poison_padding(inputs, extra["seqused_k"])
+    if masked:
+        extra["attn_mask"] = _mask(kind, detail, (batch, heads_q, rows, keys))
+    if 0 not in (rows, keys):
+        inputs = Inputs(*(lay_out(t, where) for t, where in zip(inputs, layouts, strict=True)))
+    if layout == "bshd":
+        inputs = Inputs(*(t.transpose(1, 2) for t in inputs))
+    return inputs._asdict() | extra, {"layout": layout}
+
+
+def _packed(
+    kind: Random, detail: Random, longest: int, sizes: tuple[int, int, int, int], dtype: torch.dtype,
+    layouts: list[str],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    heads_q, heads_kv, dim, dim_v = sizes
+    count = detail.randint(1, 5)
+    lengths = [_lengths(detail, longest if i == 0 else max(1, longest // 3), heads_q) for i in range(count)]
+    tensors, total, options = {}, [], {}
+    for name, side in zip("qk", zip(*lengths, strict=True), strict=True):
+        bounds = [detail.choice((0, 0, 3))]
+        for length in side:
+            bounds.append(bounds[-1] + (0 if detail.random() < 0.1 else length))
+        total.append(max(1, bounds[-1] + detail.choice((0, 0, 2))))
+        longest_here = max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+        most = detail.choice((longest_here, longest_here, longest_here + detail.randint(0, 70)))
+        if detail.random() < 0.2:  # lengths that are wrong
+            most = detail.choice((most, most // 2))
+            bounds[0], bounds[-1] = -detail.randint(0, 4), detail.choice((bounds[-1] + 5, 2**31 - 1, -1))
+            if name == "k":  # of rows of q that two sequences claim, either result is right
+                bounds[detail.randrange(count + 1)] = detail.randint(-5, bounds[-2] + 5)
+        tensors[f"cu_seqlens_{name}"] = torch.tensor(bounds, dtype=torch.int32)
+        options[f"max_seqlen_{name}"] = most
+    inputs = _inputs(detail, Shape(1, heads_q, total[0], dim, heads_kv, total[1], dim_v), dtype)
+    placed = (lay_out(t, where)[0].transpose(0, 1) for t, where in zip(inputs, layouts, strict=True))
+    return dict(zip("qkv", placed, strict=True)) | tensors, options
+
+
+def _inputs(detail: Random, shape: Shape, dtype: torch.dtype) -> Inputs:
+    family = "independent" if detail.random() < 0.3 else detail.choice(tuple(FAMILIES))
+    return make(family, shape, dtype, seed=detail.getrandbits(31))
+
+
+def _mask(kind: Random, detail: Random, scores: tuple[int, int, int, int]) -> Tensor:
+    """A mask of any form that broadcasts to `scores`, of any dtype, in any memory layout, with any kind of holes."""
+    dtype = kind.choice(MASK_DTYPES)
+    whole = [detail.random() < 0.6, detail.random() < 0.6, kind.random() < 0.75, kind.random() < 0.85]
+    layout = kind.choice(("contiguous", "contiguous", "contiguous", "transposed", "sliced", "offset", "expanded"))
+    shape = [size if full else 1 for size, full in zip(scores, whole, strict=True)]
+    generator = torch.Generator().manual_seed(detail.getrandbits(31))
+    share = detail.choice((0.05, 0.5, 0.95))
+    hidden = torch.rand(shape, generator=generator) < share
+    holes = detail.choice(("none", "any", "padding", "rows", "blocks", "all"))
+    if holes == "none":
+        hidden[:] = False
+    elif holes == "padding":
+        hidden[:] = torch.arange(shape[3]) >= detail.randint(0, shape[3])
+    elif holes == "rows":
+        hidden[:] = hidden[..., :1].clone()
+    elif holes == "blocks":
+        blocks = hidden[:, :, ::64, ::64].repeat_interleave(64, 2).repeat_interleave(64, 3)
+        hidden[:] = blocks[:, :, : shape[2], : shape[3]]
+    elif holes == "all":
+        hidden[:] = True
+    if dtype == torch.bool:
+        mask = ~hidden
+    else:
+        bias = detail.choice((0.1, 1.0, 10.0)) * torch.randn(shape, generator=generator)
+        lowest = torch.finfo(dtype).min
+        mask = bias.masked_fill(hidden, detail.choice((-math.inf, -math.inf, -30.0, -1e4, max(-1e9, lowest), lowest)))
+        mask = mask.to(dtype)
+    mask = _lay_out_mask(mask, layout)
+    while mask.dim() > 1 and mask.shape[0] == 1 and detail.random() < 0.5:
+        mask = mask[0]
+    return mask.expand(scores) if layout == "expanded" else mask
+
+
+def _lay_out_mask(mask: Tensor, layout: str) -> Tensor:
+    if layout == "transposed":
+        return mask.mT.contiguous().mT
+    if layout == "sliced":
+        b, h, m, n = mask.shape
+        return mask.new_ones(b, h + 1, m + 2, n + 3)[:, 1:, 1:-1, 2:-1].copy_(mask)
+    if layout == "offset":
+        return mask.new_ones(mask.numel() + 1)[1:].view(mask.shape).copy_(mask)
+    return mask
+
+
+# -- running ----------------------------------------------------------------------------------------------------
+
+
+def run(call: Call, backend: str | None = None, device: torch.device | str = "cpu") -> str:
+    """What the gates say of a call on `device`, "" when all of it is right.
+
+    Raises:
+        UnsupportedError: `backend` does not serve it.
+    """
+    from flashcore.fast.attention_production import attention
+    from flashcore.fast.varlen import attention_varlen
+
+    tensors = {name: place(t, device) for name, t in call.tensors.items()}
+    options = {**call.options, "backend": backend}
+    into, guarded = options.pop("out"), None
+    if into:
+        q, v = _heads_first(call, "q"), _heads_first(call, "v")
+        guarded = Guarded((*q.shape[:3], v.shape[3]), q.dtype, device, into)
+        options["out"] = _as_asked(guarded.out, call)
+    compute: Any = attention_varlen if call.packed else attention
+    result = compute(**tensors, **options)
+    out, lse = result if options["return_lse"] else (result, None)
+    placed = Call(tensors, call.options)
+    wrong = _judge_packed(placed, out, lse, into != "") if call.packed else _judge(placed, out, lse)
+    if out.dtype != tensors["q"].dtype or (lse is not None and lse.dtype != torch.float32):
+        wrong.append(f"returned {out.dtype}, {lse if lse is None else lse.dtype}")
+    if guarded is not None and not (out is options["out"] and guarded.intact()):
+        wrong.append("written beside the output, or not into it")
+    return "; ".join(failure for failure in wrong if failure)
+
+
+def _heads_first(call: Call, name: str) -> Tensor:
+    """A tensor of the call as [B, H, S, D], packed sequences as one."""
+    return _swapped(call.tensors[name], call)
+
+
+def _swapped(tensor: Tensor, call: Call) -> Tensor:
+    if call.packed:
+        return tensor.transpose(0, 1)[None]
+    return tensor.transpose(1, 2) if call.options["layout"] == "bshd" else tensor
+
+
+def _as_asked(tensor: Tensor, call: Call) -> Tensor:
+    """The reverse of `_swapped`."""
+    return tensor[0].transpose(0, 1) if call.packed else _swapped(tensor, call)
+
+
+def _judged(call: Call) -> dict[str, Any]:
+    """The arguments that `check` takes."""
+    given = {**call.options, **call.tensors}
+    return {name: value for name, value in given.items() if name in JUDGED}
+
+
+def _judge(call: Call, out: Tensor, lse: Tensor | None) -> list[str]:
+    q, k, v = (_heads_first(call, name) for name in "qkv")
+    return [check(_swapped(out, call), q, k, v, lse=lse, **_judged(call)).failures]
+
+
+def _judge_packed(call: Call, out: Tensor, lse: Tensor | None, was_nan: bool) -> list[str]:
+    """Each sequence by itself; rows that belong to none hold what they held before, where that is known."""
+    q, k, v = (_heads_first(call, name) for name in "qkv")
+    out = _swapped(out, call)
+    sides = [
+        _ranges(call.tensors[f"cu_seqlens_{n}"].tolist(), t.shape[2], call.options[f"max_seqlen_{n}"])
+        for n, t in (("q", q), ("k", k))
+    ]
+    of_none = torch.ones(q.shape[2], dtype=torch.bool)
+    wrong = []
+    for rows, keys in zip(*sides, strict=True):
+        of_none[rows] = False
+        one = (t[:, :, part] for t, part in ((out, rows), (q, rows), (k, keys), (v, keys)))
+        wrong.append(check(*one, lse=None if lse is None else lse[None, :, rows], **_judged(call)).failures)
+    if was_nan and not out[:, :, of_none.to(out.device)].isnan().all():
+        wrong.append("written to rows of no sequence")
+    return wrong
+
+
+def _ranges(bounds: list[int], total: int, longest: int) -> list[slice]:
+    """The rows of each packed sequence, clamped as attention_varlen says."""
+    within = [min(max(at, 0), total) for at in bounds]
+    return [slice(a, max(a, min(b, a + longest))) for a, b in zip(within, within[1:], strict=False)]
+
+
+def repro(seed: int, backend: str | None, device: str, longest: int = LONGEST) -> str:
+    """The command that runs one problem again."""
+    chosen = f" --backend {backend}" if backend else ""
+    interpreted = "TRITON_INTERPRET=1 " if backend == "portable" and device == "cpu" else ""
+    module = "python -m flashcore.testing.problems"
+    return f"{interpreted}{module} {seed}{chosen} --device {device} --longest {longest}"
+
+
+def run_seed(seed: int, backend: str | None = None, device: str = "cpu", longest: int = LONGEST) -> str:
+    """`run` for problem number `seed`: "" when it is right, else the command that repeats it and what is wrong.
+
+    Raises:
+        UnsupportedError: `backend` does not serve it.
+    """
+    call = random_problem(seed, longest)
+    try:
+        wrong = run(call, backend, device)
+    except UnsupportedError:
+        raise
+    except Exception as error:  # a kernel may fail in any way
+        wrong = f"{type(error).__name__}: {error}"
+    return f"{repro(seed, backend, device, longest)}\n    {wrong}\n    {call}" if wrong else ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns 1 when a problem failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flashcore.testing.problems", description="Run random problems through every gate."
+    )
+    parser.add_argument("seed", type=int, help="the first problem's number")
+    parser.add_argument("--count", type=int, default=1, help="how many from there on")
+    parser.add_argument("--step", type=int, default=1, help=f"from one to the next; {KIN} others share its kernel")
+    parser.add_argument("--backend", choices=("hopper", "portable", "reference"), help="chosen when left out")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--longest", type=int, default=LONGEST, help="rows and keys of a sequence")
+    asked = parser.parse_args(argv)
+    failures, refused = [], 0
+    for seed in range(asked.seed, asked.seed + asked.count * asked.step, asked.step):
+        try:
+            failures.append(run_seed(seed, asked.backend, asked.device, asked.longest))
+        except UnsupportedError:
+            refused += 1
+    failures = [failure for failure in failures if failure]
+    print("\n".join(failures))
+    print(f"{asked.count} problems: {len(failures)} wrong, {refused} that {asked.backend} refuses")
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
