@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -136,10 +137,21 @@ def _version(program: Path) -> str:
     return found[1] if found else "?"
 
 
+COMMANDS: dict[str, tuple[str, str]] = {  # the other audits: name -> module, what it asks
+    "tables": ("flashcore.security.tables", "hostile tuning tables, and processes that start at once; needs no GPU"),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 when something is tainted, could not be read, or a control was missed."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given and given[0] in COMMANDS:
+        status: int = import_module(COMMANDS[given[0]][0]).main(given[1:])
+        return status
     parser = argparse.ArgumentParser(prog="flashcore audit", description="Does execution depend on the data?")
-    kinds = parser.add_subparsers(required=True, metavar="sass")
+    kinds = parser.add_subparsers(required=True, metavar="audit")
+    for name, (_, what) in COMMANDS.items():
+        kinds.add_parser(name, help=what)
     options = kinds.add_parser("sass", help="the machine code of every shipped variant; needs no GPU")
     options.add_argument("--arch", type=int, nargs="+", choices=sorted(TARGETS), default=sorted(TARGETS))
     options.add_argument("--quick", action="store_true", help="one variant of each kernel, schedule and mask")
