@@ -66,18 +66,25 @@ def compile_for(binding: Binding, arch: int, *, anew: bool = False) -> Compiled:
     """
     if interpreted(binding):
         raise RuntimeError("TRITON_INTERPRET=1 makes Triton run kernels on the CPU; unset it to compile them")
-    try:
-        kernel = _compile(binding, arch, anew)
-        if not _readable(kernel):
-            raise ValueError("Triton's cache holds no machine code for it")
-    except Exception as failure:  # a compiler and a damaged cache may raise anything
-        if anew:
+    kernel = None if anew else _from_disk(binding, arch)
+    if kernel is None:
+        try:
+            kernel = _compile(binding, arch, anew=True)
+        except Exception as failure:  # a compiler may raise anything
             raise RuntimeError(f"compiling attention for sm_{arch}: {type(failure).__name__}: {failure}") from failure
-        return compile_for(binding, arch, anew=True)
     for scratch in ("global_scratch_size", "profile_scratch_size"):
         if getattr(kernel.metadata, scratch, 0):
             raise RuntimeError(f"{kernel.metadata.name} wants {scratch}, which is never allocated here")
     return Compiled(kernel, arch)
+
+
+def _from_disk(binding: Binding, arch: int) -> Any:
+    """The kernel as Triton has it on disk, or compiles it; None where what is on disk cannot be read."""
+    try:
+        kernel = _compile(binding, arch, anew=False)
+        return kernel if _readable(kernel) else None
+    except Exception:  # whatever a damaged file leads to; an error of the compiler comes again
+        return None
 
 
 def _compile(binding: Binding, arch: int, anew: bool) -> Any:

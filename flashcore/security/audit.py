@@ -138,6 +138,8 @@ def _version(program: Path) -> str:
 
 
 COMMANDS: dict[str, tuple[str, str]] = {  # the other audits: name -> module, what it asks
+    "faults": ("flashcore.security.faults", "things that fail, and calls that make no sense; needs no GPU"),
+    "fuzz": ("flashcore.security.fuzz", "random problems over every option, through every gate"),
     "tables": ("flashcore.security.tables", "hostile tuning tables, and processes that start at once; needs no GPU"),
 }
 
