@@ -138,8 +138,11 @@ def _version(program: Path) -> str:
 
 
 COMMANDS: dict[str, tuple[str, str]] = {  # the other audits: name -> module, what it asks
+    "bitwise": ("flashcore.security.bitwise", "the same bits on every repeat, stream, process and place in a batch"),
     "faults": ("flashcore.security.faults", "things that fail, and calls that make no sense; needs no GPU"),
     "fuzz": ("flashcore.security.fuzz", "random problems over every option, through every gate"),
+    "load": ("flashcore.security.load", "threads and streams at once; does memory grow?"),
+    "sanitize": ("flashcore.security.sanitize", "compute-sanitizer's four tools over every kernel and option"),
     "tables": ("flashcore.security.tables", "hostile tuning tables, and processes that start at once; needs no GPU"),
 }
 

@@ -34,7 +34,7 @@ def test_no_two_shards_share_a_kind() -> None:
 def test_a_slice_of_problems_and_the_control(tmp_path: Path) -> None:
     path = tmp_path / "fuzz.json"
     status = fuzz.main([
-        "--device", "cpu", "--problems", "12", "--shards", "1", "--seconds", "100", "--longest", "20", "--seed", "2",
+        "--device", "cpu", "--problems", "12", "--shards", "1", "--seconds", "100", "--longest", "20", "--seed", "0",
         "--json", str(path),
     ])  # fmt: skip
     record = json.loads(path.read_text())
