@@ -3,8 +3,9 @@
     python -m flashcore.benchmark.report            writes
     python -m flashcore.benchmark.report --check    exit status 1 when a document differs from what would be written
 
-docs/validation/EXPERT_VALIDATION_REPORT.md and PEERS.md are generated whole. In README.md and everywhere else in docs/
-the text between `<!-- results:NAME -->` and `<!-- /results -->` is, by the function of that name in BLOCKS.
+docs/validation/EXPERT_VALIDATION_REPORT.md, PEERS.md and RELIABILITY_REPORT.md are generated whole. In README.md and
+everywhere else in docs/ the text between `<!-- results:NAME -->` and `<!-- /results -->` is, by the function of that
+name in BLOCKS.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashcore.benchmark import peers_text, plots, results, validation_text
+from flashcore.benchmark import peers_text, plots, reliability_text, results, validation_text
 from flashcore.benchmark.shapes import Shape
 from flashcore.benchmark.terminal import us
 from flashcore.measure import machine
@@ -26,6 +27,7 @@ Record = dict[str, Any]
 
 VALIDATION = Path("docs/validation/EXPERT_VALIDATION_REPORT.md")
 PEERS = Path("docs/validation/PEERS.md")
+RELIABILITY = Path("docs/validation/RELIABILITY_REPORT.md")
 HEADLINE = "H100"  # whose figures the README states
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 _GENERATED = "<!-- Generated from results/ by `python -m flashcore.benchmark.report`; not to be edited. -->"
@@ -37,6 +39,7 @@ def expected(root: Path) -> dict[Path, str | None]:
     texts: dict[Path, str | None] = {
         root / VALIDATION: _document(validation_report(results.newest(folder, "validation"))),
         root / PEERS: _document(peers_report(folder)),
+        root / RELIABILITY: _document(reliability_report(folder)),
     }
     for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))):
         if path.exists() and path not in texts:
@@ -275,6 +278,25 @@ def _peer_row(case: Record, names: Sequence[str], clock: str, ceilings: Record |
         Shape(**case["shape"]).label, *figures, _times(times.value if times else None) + interval,
         "-" if done is None else f"{done:.0f}", share,
     )  # fmt: skip
+
+
+# -- reliability ------------------------------------------------------------------------------------------------
+
+
+def reliability_report(folder: Path) -> Iterator[str]:
+    """docs/validation/RELIABILITY_REPORT.md: one row a claim. No lines without any record."""
+    if not any(reliability_text.newest(folder).values()):
+        return
+    yield _GENERATED
+    yield ""
+    yield "# Reliability"
+    yield ""
+    yield reliability_text.INTRODUCTION
+    yield ""
+    header = ("Claim", "Figure", "Control", "Command", "Date, machine", "Holds")
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + " --- |" * len(header)
+    yield from ("| " + " | ".join(row) + " |" for row in reliability_text.rows(folder))
 
 
 # -- blocks inside other documents ------------------------------------------------------------------------------
