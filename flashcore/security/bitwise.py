@@ -131,11 +131,14 @@ def repeats(
     budget = fuzz._Budget(device)
     found: Counter[str] = Counter()
     wrong: list[int] = []
+    kind = -1
     lanes = streams(device, STREAMS)
     with load(device):
         for seed in seeds:
             if found["problems"] >= count or time.monotonic() > deadline:
                 break
+            if kind != (kind := fuzz.kind_of(seed)):
+                budget.renew()
             try:
                 if not budget.serves(fuzz.draw(seed, longest), None):
                     continue

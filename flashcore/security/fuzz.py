@@ -54,9 +54,14 @@ def number(kind: int, detail: int) -> int:
     return detail << KIND_BITS | kind
 
 
+def kind_of(seed: int) -> int:
+    """The kind of problem number `seed`."""
+    return seed & (1 << KIND_BITS) - 1
+
+
 def draw(seed: int, longest: int = problems.LONGEST) -> problems.Call:
     """Problem number `seed`, on the CPU; nearly always with an output that is guarded."""
-    kind, detail = seed & (1 << KIND_BITS) - 1, seed >> KIND_BITS
+    kind, detail = kind_of(seed), seed >> KIND_BITS
     call = problems.draw(random.Random(kind), random.Random(f"{detail} of {kind}"), longest)
     if not call.options["out"] and detail % 4:
         call.options["out"] = "contiguous"

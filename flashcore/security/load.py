@@ -103,16 +103,20 @@ class Load:
                     done += BLOCK
                     turn += self.threads + 1
                     if len(totals) >= 16:
-                        with self._lock:
-                            said.mismatches += sum(int(t) for t in totals)
-                        totals.clear()
-            with self._lock:
-                said.mismatches += sum(int(t) for t in totals)
+                        self._add(totals, said)
+            self._add(totals, said)
         except BaseException as error:
             with self._lock:
                 said.errors.append(f"{type(error).__name__}: {error}"[:200])
         with self._lock:
             said.calls += done
+
+    def _add(self, totals: list[Tensor], said: Slice) -> None:
+        synchronize(self.device)  # they were made on streams that reading them here would not wait for
+        found = sum(int(t) for t in totals)
+        totals.clear()
+        with self._lock:
+            said.mismatches += found
 
     def _block(self, problem: Problem) -> Tensor:
         """How many of BLOCK calls gave other bits, on the device."""
@@ -183,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     load = Load(options.device, options.threads, options.streams)
     total, memory = soak(load, options.slices, options.seconds, options.calls)
     load.problems[0].want.view(-1)[0] ^= 1
+    synchronize(options.device)
     planted = load.run(5.0, options.threads * BLOCK * len(SHAPES))
     leaky = Load(options.device, options.threads, options.streams, leak=1 << 16)
     _, leaked = soak(leaky, 8, 4.0, 40 * BLOCK * options.threads)

@@ -14,6 +14,7 @@ compute-sanitizer, of the CUDA toolkit or of `pip install nvidia-cuda-sanitizer-
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,7 @@ class Outcome:
     tool: str
     part: int
     status: int  # 0 clean, FOUND, or what the process or the time limit (124) ended with
+    calls: int  # of the matrix, that a kernel served
     summary: str  # the tool's last words
     seconds: float
 
@@ -71,8 +73,8 @@ def matrix() -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{backend} packed", {**base, "packed": True, "is_causal": True}
         yield f"{backend} packed, window, lse", {**base, "packed": True, "window": (9, -1), "return_lse": True}
         yield f"{backend} negative scale", {**base, "scale": -0.3}
-        yield f"{backend} many tiles", {**base, "shape": (8, 8, 300, 300, 64)}
-        yield f"{backend} many causal tiles", {**base, "shape": (8, 8, 260, 260, 64), "is_causal": True}
+        yield f"{backend} many tiles", {**base, "shape": (16, 8, 300, 300, 64)}
+        yield f"{backend} many causal tiles", {**base, "shape": (16, 8, 300, 300, 64), "is_causal": True}
     yield "portable D=80", {"backend": "portable", "shape": (1, 2, 70, 70, 80), "dtype": half}
     yield "portable D=256", {"backend": "portable", "shape": (1, 2, 70, 70, 256), "dtype": half}
     yield "portable rows of any alignment", {
@@ -103,9 +105,9 @@ def call(options: dict[str, Any], device: str) -> None:
 
     q, k, v = tensor(sq), tensor(sk), tensor(sk)
     if given.get("attn_mask") is torch.bool:
-        given["attn_mask"] = torch.rand(b, 1, sq, 72, device=device)[..., :sk] > 0.3
+        given["attn_mask"] = torch.rand(b, 1, sq, 80, device=device)[..., :sk] > 0.3
     elif "attn_mask" in given:
-        given["attn_mask"] = torch.randn(1, h, sq, 72, device=device).to(given["attn_mask"])[..., :sk]
+        given["attn_mask"] = torch.randn(1, h, sq, 80, device=device).to(given["attn_mask"])[..., :sk]
     if given.pop("seqused_k", False):
         given["seqused_k"] = torch.randint(0, sk + 1, (b,), device=device, dtype=torch.int32)
     for _ in range(2):
@@ -166,7 +168,9 @@ def run(program: str, tool: str, part: int, limit_s: float) -> Outcome:
         status, said = done.returncode, done.stdout + done.stderr
     except subprocess.TimeoutExpired:
         status, said = 124, f"no end within {limit_s:.0f} s"
-    return Outcome(tool, part, status, _summary(said), round(time.monotonic() - began, 1))
+    calls = re.search(rf"^part {part}: (\d+) calls", said, re.MULTILINE)
+    seconds = round(time.monotonic() - began, 1)
+    return Outcome(tool, part, status, int(calls[1]) if calls else 0, _summary(said), seconds)
 
 
 def _summary(said: str) -> str:
@@ -202,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcomes = list(pool.map(lambda each: run(program, each[0], each[1], options.seconds), asked))
     for o in outcomes:
         what = "control" if o.part < 0 else f"part {o.part}"
-        print(f"  {o.tool:10} {what:8} {o.status:4} {o.seconds:6.1f} s  {o.summary}")
+        print(f"  {o.tool:10} {what:8} {o.status:4} {o.seconds:6.1f} s {o.calls:3} calls  {o.summary}")
     rows = [_row(tool, [o for o in outcomes if o.tool == tool]) for tool in options.tools]
     return record.finish(
         "sanitize", rows, options.json, arguments=argv, seconds=time.monotonic() - began,
@@ -217,9 +221,9 @@ def _row(tool: str, outcomes: Sequence[Outcome]) -> record.Row:
     clean, caught = [o.status == 0 for o in parts], all(o.status == FOUND for o in planted)
     return record.Row(
         f"{tool} finds nothing in any kernel or option",
-        f"{sum(clean)} of {len(clean)} parts of {sum(1 for _ in matrix())} calls clean",
+        f"{sum(o.calls for o in parts)} calls in {len(parts)} parts, {sum(clean)} of them clean",
         f"a kernel with a fault for it: {'found' if caught else 'not found'}",
-        all(clean) and bool(planted) and caught,
+        all(clean) and all(o.calls for o in parts) and bool(planted) and caught,
     )
 
 

@@ -67,7 +67,7 @@ def test_what_ends_a_worker_is_on_record_and_passed_over(tmp_path: Path, monkeyp
     script.write_text(WORKER)
     monkeypatch.setattr(fuzz, "_worker", lambda device: [sys.executable, str(script)])
     monkeypatch.setattr(fuzz, "_environment", lambda device: {**os.environ, "PYTHONPATH": os.getcwd()})
-    monkeypatch.setattr(fuzz, "PATIENCE_S", 30.0)
+    monkeypatch.setattr(fuzz, "PATIENCE_S", 20.0)
     shard = fuzz.Shard(0, 6)
     fuzz.Fuzz(tmp_path, 0, "cpu", 400, 20).run([shard])
     assert shard.counts["problems"] == 3 and shard.restarts == 3  # steps 0, 2 and 5

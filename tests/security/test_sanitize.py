@@ -38,6 +38,7 @@ if "--control" in sys.argv:
     print("========= Invalid __global__ write of size 4 bytes")
     print("========= ERROR SUMMARY: 1 error")
     sys.exit({status})
+print("part", sys.argv[-1] + ": 7 calls")
 print("========= ERROR SUMMARY: 0 errors")
 """
 
@@ -49,14 +50,15 @@ def test_a_tool_that_misses_its_control_fails(status: int, passed: bool, tmp_pat
     os.chmod(tool, 0o755)
     outcomes = [sanitize.run(str(tool), "memcheck", part, 30.0) for part in (-1, 0, 1)]
     assert [o.status for o in outcomes] == [status, 0, 0]
+    assert [o.calls for o in outcomes] == [0, 7, 7]
     assert outcomes[0].summary.startswith("Invalid __global__ write")
     assert sanitize._row("memcheck", outcomes).passed is passed
 
 
 def test_a_finding_or_no_end_is_no_pass() -> None:
-    planted = Outcome("racecheck", -1, FOUND, "", 1.0)
+    planted = Outcome("racecheck", -1, FOUND, 0, "", 1.0)
     for status in (FOUND, 124, 1):
-        assert not sanitize._row("racecheck", [planted, Outcome("racecheck", 0, status, "", 1.0)]).passed
+        assert not sanitize._row("racecheck", [planted, Outcome("racecheck", 0, status, 7, "", 1.0)]).passed
 
 
 def test_without_the_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
