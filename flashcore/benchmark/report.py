@@ -3,9 +3,9 @@
     python -m flashcore.benchmark.report            writes
     python -m flashcore.benchmark.report --check    exit status 1 when a document differs from what would be written
 
-docs/validation/EXPERT_VALIDATION_REPORT.md, PEERS.md and RELIABILITY_REPORT.md are generated whole. In README.md and
-everywhere else in docs/ the text between `<!-- results:NAME -->` and `<!-- /results -->` is, by the function of that
-name in BLOCKS.
+docs/validation/EXPERT_VALIDATION_REPORT.md, PEERS.md and RELIABILITY_REPORT.md are generated whole, and so is
+docs/support-matrix.md, from what the kernels say that they serve. In README.md and everywhere else in docs/ the text
+between `<!-- results:NAME -->` and `<!-- /results -->` is, by the function of that name in BLOCKS.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashcore.benchmark import peers_text, plots, reliability_text, results, validation_text
+from flashcore.benchmark import peers_text, plots, reliability_text, results, support_text, validation_text
 from flashcore.benchmark.shapes import Shape
 from flashcore.benchmark.terminal import us
 from flashcore.measure import machine
@@ -28,18 +28,20 @@ Record = dict[str, Any]
 VALIDATION = Path("docs/validation/EXPERT_VALIDATION_REPORT.md")
 PEERS = Path("docs/validation/PEERS.md")
 RELIABILITY = Path("docs/validation/RELIABILITY_REPORT.md")
+SUPPORT = Path("docs/support-matrix.md")
 HEADLINE = "H100"  # whose figures the README states
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 _GENERATED = "<!-- Generated from results/ by `python -m flashcore.benchmark.report`; not to be edited. -->"
 
 
 def expected(root: Path) -> dict[Path, str | None]:
-    """Document -> its text as results/ has it; None for one that has nothing to say."""
+    """Document -> its text as results/ and the code have it; None for one that has nothing to say."""
     folder = root / "results"
     texts: dict[Path, str | None] = {
         root / VALIDATION: _document(validation_report(results.newest(folder, "validation"))),
         root / PEERS: _document(peers_report(folder)),
         root / RELIABILITY: _document(reliability_report(folder)),
+        root / SUPPORT: _document(support_text.matrix()),
     }
     for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))):
         if path.exists() and path not in texts:

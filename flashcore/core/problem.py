@@ -78,9 +78,9 @@ class Problem:
 
     @property
     def aligned_rows(self) -> bool:
-        """Whether every row of every tensor starts at a multiple of 16 bytes (of 8 elements of two bytes)."""
+        """Whether every row of every tensor starts at a multiple of 16 bytes."""
         strides = (*self.stride_q, *self.stride_k, *self.stride_v, *self.stride_o)
-        return self.aligned and all(s % 8 == 0 for s in strides)
+        return self.aligned and all(s * self.dtype.itemsize % 16 == 0 for s in strides)
 
     @property
     def flops(self) -> float:

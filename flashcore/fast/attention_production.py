@@ -43,17 +43,21 @@ def attention(
     """softmax(scale * q @ k^T) @ v for every batch entry and head.
 
     Args:
-        q: [B, Hq, Sq, D] fp16 or bf16, any strides with a contiguous last dimension.
+        q: [B, Hq, Sq, D] fp16, bf16 or fp32, any strides with a contiguous last dimension; D and Dv are multiples of
+            8 up to 256. fp32 is multiplied in IEEE precision, by the portable kernel.
         k: [B, Hkv, Sk, D]; Hq is a multiple of Hkv, and query head h reads key head h // (Hq // Hkv).
-        v: [B, Hkv, Sk, D].
+        v: [B, Hkv, Sk, Dv].
         block_m: query rows per tile; None chooses.
         block_n: keys per tile; None chooses.
         is_causal: row i sees keys 0 .. i + Sk - Sq, aligned to the bottom right as in flash-attn 2.1 and later.
         scale: factor of the scores, D ** -0.5 when None.
         window: (left, right), keys before and after the diagonal that a row sees; -1 = unbounded.
-        softcap: scores -> softcap * tanh(scores / softcap); 0 = off.
-        attn_mask: bool (True = attend) or floating (added to the scores), broadcastable to [B, Hq, Sq, Sk].
-        seqused_k: int32 [B], valid keys of each sequence.
+        softcap: scores -> softcap * tanh(scores / softcap), before a mask is added; 0 = off.
+        attn_mask: bool (True = attend), or fp16, bf16 or fp32 to be added to the scaled scores, where -inf hides a
+            key even if its score is NaN; broadcastable to [B, Hq, Sq, Sk], any strides, stride 0 is never expanded.
+            Its values are read and never branched on: a key that it hides is computed, and a NaN in its v may spread.
+        seqused_k: int32 [B] on q's device, valid keys of each sequence, clamped to 0 .. Sk there. The diagonal of
+            is_causal and window ends at the last valid key, as in flash-attn 3; what lies behind it is never used.
         return_lse: also return the log-sum-exp of each row of scores.
         layout: "bhsd", or "bshd" where q, k, v and the output are [B, S, H, D].
         out: write here instead of allocating; must not share memory with an input.
@@ -61,7 +65,8 @@ def attention(
 
     Returns:
         The output in q's dtype and layout, or (output, lse fp32 [B, Hq, Sq], natural logarithm). A row that
-        attends to nothing gives 0 and lse -inf. CPU tensors are computed by the reference path.
+        attends to nothing gives 0 and lse -inf. CPU tensors are computed by the reference path. Every option goes
+        with every other; docs/support-matrix.md lists what each kernel serves.
 
     Raises:
         TypeError: an argument is not of its parameter's type.

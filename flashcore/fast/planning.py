@@ -79,7 +79,11 @@ def explain(
         block_m, block_n, is_causal, scale, return_lse, layout, backend, window, softcap
     )
     if cu_seqlens_q is not None or cu_seqlens_k is not None:
-        assert cu_seqlens_q is not None and cu_seqlens_k is not None
+        if cu_seqlens_q is None or cu_seqlens_k is None:
+            raise TypeError("cu_seqlens_q, cu_seqlens_k: expected both, got one of them")
+        for name, extra in (("attn_mask", attn_mask), ("seqused_k", seqused_k)):
+            if extra is not None:
+                raise ValueError(f"{name}: expected None beside cu_seqlens_q, got a tensor")
         check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, options, out)
         sequences = cu_seqlens_q.shape[0] - 1
         problem = packed_problem_of(q, k, v, out, sequences, max_seqlen_q, max_seqlen_k, options)

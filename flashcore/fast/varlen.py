@@ -45,9 +45,9 @@ def attention_varlen(
     """softmax(scale * q @ k^T) @ v for every head of every sequence, which reads its own keys only.
 
     Args:
-        q: [total_q, Hq, D] fp16 or bf16, any strides with a contiguous last dimension.
+        q: [total_q, Hq, D] fp16, bf16 or fp32, as `attention` takes it.
         k: [total_k, Hkv, D]; Hq is a multiple of Hkv, and query head h reads key head h // (Hq // Hkv).
-        v: [total_k, Hkv, D].
+        v: [total_k, Hkv, Dv].
         cu_seqlens_q: int32 [B + 1] on q's device: sequence b is rows cu_seqlens_q[b] .. cu_seqlens_q[b + 1].
         cu_seqlens_k: the same of k and v; a sequence may be empty in either.
         max_seqlen_q: at least the number of rows of the longest sequence in q.
@@ -55,10 +55,10 @@ def attention_varlen(
         is_causal: row i of a sequence with lq rows and lk keys sees keys 0 .. i + lk - lq.
         scale, window, softcap, backend, block_m, block_n: as `attention` takes them.
         return_lse: also return the log-sum-exp of each row of scores.
-        out: [total_q, Hq, D], write here instead of allocating; must not share memory with an input.
+        out: [total_q, Hq, Dv], write here instead of allocating; must not share memory with an input.
 
     Returns:
-        The output [total_q, Hq, D] in q's dtype, or (output, lse fp32 [Hq, total_q], natural logarithm). A row that
+        The output [total_q, Hq, Dv] in q's dtype, or (output, lse fp32 [Hq, total_q], natural logarithm). A row that
         attends to nothing gives 0 and lse -inf; rows that belong to no sequence are not written.
 
         Only metadata is looked at. What cu_seqlens holds is clamped on the device: a sequence ends where it begins if

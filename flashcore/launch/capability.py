@@ -27,10 +27,11 @@ def reasons(kernel: str, problem: Problem, target: Target) -> tuple[str, ...]:
     return tuple(_REASONS[kernel](problem, target))
 
 
-def _elements(p: Problem, max_head_dim: int) -> list[str]:
+def _elements(p: Problem, max_head_dim: int, *dtypes: torch.dtype) -> list[str]:
     why: list[str] = []
-    if p.dtype not in (torch.float16, torch.bfloat16):
-        why.append(f"it computes float16 and bfloat16, not {str(p.dtype).removeprefix('torch.')}")
+    if p.dtype not in dtypes:
+        served, asked = (", ".join(str(d).removeprefix("torch.") for d in some) for some in (dtypes, (p.dtype,)))
+        why.append(f"it computes {served}, not {asked}")
     for name, dim in (("q and k", p.head_dim), ("v", p.head_dim_v)):
         if dim % 8 or not 8 <= dim <= max_head_dim:
             why.append(f"the head dimension of {name} is {dim}, not a multiple of 8 from 8 to {max_head_dim}")
@@ -52,7 +53,7 @@ def _portable(p: Problem, target: Target) -> list[str]:
     if target.arch < 80:
         major, minor = target.capability
         why.append(f"it needs a GPU of compute capability 8.0 or newer, {target.name} has {major}.{minor}")
-    why += _elements(p, MAX_HEAD_DIM)
+    why += _elements(p, MAX_HEAD_DIM, torch.float16, torch.bfloat16, torch.float32)
     if p.heads_q > MAX_GRID_YZ:
         why.append(f"it computes at most {MAX_GRID_YZ:,} heads, not {p.heads_q:,}")
     longest = MAX_GRID_YZ * 16 if p.is_causal else MAX_LENGTH  # causal tiles are counted in a grid's second dimension
@@ -77,7 +78,7 @@ def _hopper(p: Problem, target: Target) -> list[str]:
     if not _triton().startswith(TRITON_RELEASES):
         tested = ", ".join(f"{release}x" for release in TRITON_RELEASES)
         why.append(f"it was tested with Triton {tested}, not {_triton() or 'without Triton'}")
-    why += _elements(p, MAX_HEAD_DIM_HOPPER)
+    why += _elements(p, MAX_HEAD_DIM_HOPPER, torch.float16, torch.bfloat16)
     if not p.aligned:
         why.append("TMA wants every tensor to start at a multiple of 16 bytes")
     sequences = 1 if p.packed else p.batch

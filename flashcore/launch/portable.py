@@ -8,13 +8,13 @@ import torch
 from triton import JITFunction
 
 from flashcore.core.config import Config
-from flashcore.core.problem import Problem
+from flashcore.core.problem import Mask, Problem
 from flashcore.kernels.portable.attention import attention_forward
 from flashcore.launch.binding import Binding, Pointer, Scalar, length_pointers, score_scalars
 
 _MAX_GRID_Z = 65_535
 _FAR = 2**31 - 256  # elements from a tile's first row on, where the columns' part no longer fits 32 bits
-_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _MASK_TYPES = {torch.bool: "*u8", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 _OPTIONAL = (  # parameters that are None where the problem does not use them
     "lse", "mask", "stride_mb", "stride_mh", "stride_mm", "stride_mn", "seqused_k", "cu_seqlens_q", "cu_seqlens_k",
@@ -30,14 +30,17 @@ def bind(problem: Problem, config: Config, scale: float) -> Binding:
     """
     p = problem
     kind = "*" + _TYPES[p.dtype]
-    unit = stride_unit(p)
+    unit, mask_unit = stride_unit(p), 1
     strides = {"q": p.stride_q, "k": p.stride_k, "v": p.stride_v, "o": p.stride_o}
     args: dict[str, Any] = {name: Pointer(name, kind, p.aligned) for name in strides}
     if p.return_lse:
         args["lse"] = Pointer("lse", "*fp32", True)
     if p.mask is not None:
         args["mask"] = Pointer("mask", _MASK_TYPES[p.mask.dtype], p.mask.aligned)
-        args |= {f"stride_m{axis}": Scalar("i64", s) for axis, s in zip("bhmn", p.mask.strides, strict=True)}
+        mask_unit = _mask_unit(p.mask)
+        *outer, key = p.mask.strides
+        args |= {f"stride_m{axis}": Scalar("i64", s // mask_unit) for axis, s in zip("bhm", outer, strict=True)}
+        args["stride_mn"] = Scalar("i64", key)
     args |= length_pointers(p)
     args |= score_scalars(p, scale)
     for name, (batch, head, row) in strides.items():
@@ -56,14 +59,19 @@ def bind(problem: Problem, config: Config, scale: float) -> Binding:
         "HEAD_DIM": p.head_dim, "HEAD_DIM_V": p.head_dim_v, "GROUP": p.group, "CAUSAL": p.is_causal,
         "EVEN_M": p.seqlen_q % config.block_m == 0 and not p.packed,
         "EVEN_N": p.seqlen_k % config.block_n == 0 and not p.ragged,
-        "MASK_M": p.mask is not None and p.mask.strides[2] != 0,
-        "MASK_N": p.mask is not None and p.mask.strides[3] != 0,
         "STRIDE_UNIT": unit, "WIDE": max(row for *_, row in strides.values()) * tile >= _FAR,
         "FOLD_BATCH": fold, "SPLIT": config.schedule == "split", "NEGATE_Q": scale < 0,
         "EMULATED": p.dtype == torch.bfloat16 and not isinstance(attention_forward, JITFunction),
         "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         "BLOCK_D": d[0], "REST_D": d[1], "BLOCK_DV": dv[0], "REST_DV": dv[1],
     }  # fmt: skip
+    constexprs |= {"MASK_M": 0, "MASK_N": 0, "MASK_UNIT": 1, "MASK_WIDE": False}
+    if p.mask is not None:
+        *_, row, key = p.mask.strides
+        constexprs |= {
+            "MASK_M": int(row != 0), "MASK_N": min(key, 2), "MASK_UNIT": mask_unit,
+            "MASK_WIDE": row * config.block_m + key * config.block_n >= _FAR,
+        }  # fmt: skip
     tiles = -(-p.seqlen_q // config.block_m)
     fast, slow = (p.heads_q, tiles) if p.is_causal else (tiles, p.heads_q)
     grid = (fast * p.batch, slow, 1) if fold else (fast, slow, p.batch)
@@ -74,6 +82,12 @@ def bind(problem: Problem, config: Config, scale: float) -> Binding:
     if config.maxnreg is not None:
         options["maxnreg"] = config.maxnreg
     return Binding(attention_forward, False, grid, args, constexprs, options)
+
+
+def _mask_unit(mask: Mask) -> int:
+    """`stride_unit` of a mask, whose keys are read one by one unless they lie side by side."""
+    unit = 16 // mask.dtype.itemsize
+    return unit if all(s % unit == 0 for s in mask.strides[:3]) else 1
 
 
 def columns(dim: int, aligned_rows: bool) -> tuple[int, int]:
@@ -91,6 +105,7 @@ def columns(dim: int, aligned_rows: bool) -> tuple[int, int]:
 
 
 def stride_unit(problem: Problem) -> int:
-    """How many elements one unit of a stride stands for: 8 (16 bytes) when every stride is a multiple of it."""
+    """How many elements one unit of a stride stands for: 16 bytes of them when every stride is a multiple of it."""
     p = problem
-    return 8 if all(s % 8 == 0 for s in (*p.stride_q, *p.stride_k, *p.stride_v, *p.stride_o)) else 1
+    unit = 16 // p.dtype.itemsize
+    return unit if all(s % unit == 0 for s in (*p.stride_q, *p.stride_k, *p.stride_v, *p.stride_o)) else 1

@@ -54,16 +54,39 @@ _PORTABLE_SM80: _Tiles = {
     256: ((64, 32, 8, 2), (64, 32, 8, 3), (32, 64, 8, 2), (32, 32, 4, 2), (16, 32, 4, 2)),
 }  # fmt: skip
 
+# A mask's tile is in registers beside the scores.
+_PORTABLE_SM90_MASKED: _Tiles = {
+    64: ((64, 64, 4, 2), (64, 32, 4, 2), (16, 64, 4, 2)),
+    128: ((64, 64, 8, 2), (64, 32, 4, 2)),
+    192: ((64, 32, 8, 2), (32, 32, 4, 2)),
+    256: ((64, 32, 8, 2), (16, 32, 4, 2)),
+}
+_PORTABLE_SM80_MASKED: _Tiles = {
+    64: ((64, 32, 4, 2), (16, 64, 4, 2)),
+    128: ((64, 32, 8, 2), (32, 32, 4, 2)),
+    192: ((32, 32, 4, 2),),
+    256: ((64, 32, 8, 2), (32, 32, 4, 2)),
+}
+# fp32 is multiplied by FFMA, whose operands and results are all in registers, and code grows with the tile.
+_PORTABLE_FP32: _Tiles = {
+    64: ((64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
+    256: ((32, 32, 8, 2), (16, 32, 8, 2)),
+}
+_PORTABLE_FP32_MASKED: _Tiles = {256: ((32, 32, 8, 2), (16, 32, 8, 2))}
+
 
 _HEAD_DIMS = tuple(_PORTABLE_SM90)
 
 
 def _portable(problem: Problem, target: Target) -> tuple[Config, ...]:
     """The portable kernel's configurations for this head dimension that fit the GPU's shared memory."""
-    if target.arch >= 90:
-        tiles, schedule = _PORTABLE_SM90, ""
+    masked = problem.mask is not None
+    if problem.dtype == torch.float32:
+        tiles, schedule = _PORTABLE_FP32_MASKED if masked else _PORTABLE_FP32, ""
+    elif target.arch >= 90:
+        tiles, schedule = _PORTABLE_SM90_MASKED if masked else _PORTABLE_SM90, ""
     else:
-        tiles, schedule = _PORTABLE_SM80, "split"
+        tiles, schedule = _PORTABLE_SM80_MASKED if masked else _PORTABLE_SM80, "split"
     dim = max(padded(dim, problem.aligned_rows) for dim in (problem.head_dim, problem.head_dim_v))
     fitting = next(tiles[most] for most in tiles if dim <= most)
     configs = (Config("portable", *tile, schedule) for tile in fitting)
@@ -73,13 +96,23 @@ def _portable(problem: Problem, target: Target) -> tuple[Config, ...]:
 def portable_smem(problem: Problem, config: Config, target: Target) -> int:
     """Bytes of shared memory that the portable kernel asks for at most: what its compiler does, counted."""
     d, dv = (padded(dim, problem.aligned_rows) for dim in (problem.head_dim, problem.head_dim_v))
-    wgmma = target.arch >= 90 and config.block_m >= 64
+    wgmma = target.arch >= 90 and config.block_m >= 64 and problem.dtype != torch.float32
     # A wgmma may still read the tile before the one being computed; mma.sync has it in registers by then.
     tiles = config.num_stages if wgmma else config.num_stages - 1
     rows = config.block_m * max(d, dv)  # q first, the output last
     weights = 0 if wgmma and config.num_warps * 16 == config.block_m else config.block_m * config.block_n
     reduction = 4 * config.block_m * config.num_warps  # row maxima and sums of warps that share rows
-    return 2 * (rows + tiles * config.block_n * (d + dv) + weights) + reduction
+    elements = rows + tiles * config.block_n * (d + dv) + weights
+    return problem.dtype.itemsize * elements + reduction + _mask_smem(problem, config)
+
+
+def _mask_smem(problem: Problem, config: Config) -> int:
+    """A mask is read as it lies in memory and passes through shared memory to the threads that hold the scores."""
+    if problem.mask is None:
+        return 0
+    *_, row, key = problem.mask.strides
+    rows, keys = (config.block_m if row else 1), (config.block_n if key else 1)
+    return rows * keys * 4
 
 
 def padded(dim: int, aligned_rows: bool) -> int:

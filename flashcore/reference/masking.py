@@ -65,25 +65,11 @@ class Masking:
             parts.append(block if block.dtype == torch.bool else block != -torch.inf)
         return _all(parts)
 
-    def seen(self, batch: slice, heads: slice) -> Tensor | None:
-        """Whether any row at all reads each key: bool, broadcastable to [b, h, group, 1, Sk]; None = all of them.
-
-        Structure and mask are judged one after the other, so a key that each of them shows only to rows
-        for which the other hides it counts as seen.
-        """
-        j = torch.arange(self.seqlen_k, device=self.device)
-        shift = self._length(batch) - self.seqlen_q
-        parts = []
-        if self.lengths is not None:
-            parts.append(j < self._length(batch))
-        if self.left is not None:
-            parts.append(j >= shift - self.left)
-        if self.right is not None:
-            parts.append(j <= shift + self.seqlen_q - 1 + self.right)
-        if self.mask is not None:
-            block = self.mask[batch, heads]
-            parts.append((block if block.dtype == torch.bool else block != -torch.inf).any(-2, keepdim=True))
-        return _all(parts)
+    def in_use(self, batch: slice) -> Tensor | None:
+        """Whether each key is one of its sequence's: bool, broadcastable to [b, h, group, 1, Sk]; None = all are."""
+        if self.lengths is None:
+            return None
+        return torch.arange(self.seqlen_k, device=self.device) < self._length(batch)
 
     def _length(self, batch: slice) -> Tensor | int:
         return self.seqlen_k if self.lengths is None else self.lengths[batch].view(-1, 1, 1, 1, 1)

@@ -1,17 +1,19 @@
 """The error gates: is a result as good as its precision allows? Every limit is derived from the problem's own data.
 
-An honest kernel makes three errors. It rounds its output to the dtype; it rounds the weights to the dtype before the
-second matrix product, because that is what the tensor cores multiply; and it sums scores in fp32. Their variances
-follow from the fp64 result, with u = 2**-digits, half the spacing of the dtype's numbers in [1, 2):
+An honest kernel makes four errors. It rounds its output to the dtype; it rounds the weights to the dtype before the
+second matrix product, because that is what the tensor cores multiply; and it computes in fp32, scores and sums. Their
+variances follow from the fp64 result, with u = 2**-digits, half the spacing of the dtype's numbers in [1, 2):
 
     output     ulp(out)^2 / 12                            a rounding error is uniform over one spacing
     weights    sum_j ulp(p_j)^2 / 12 * v_j^2 / l^2        p_j = exp(s_j - max s), l = sum_j p_j
     scores     sum_j (p_j / l)^2 * d_j^2 * (v_j - out)^2  d_j: fp32 sums err by about 2**-23 * scale * |q| |k_j|
+    sums       n * 2**-48 * ((sum_j p_j |v_j| / l)^2 + out^2)   half a spacing a key, in the output's sum and in l
 
-Their sum is `floor^2`, element by element. For N(0, 1) inputs of any length floor is 2.5e-4 to 2.9e-4 of the output
-in fp16 and 8 times that in bf16 (output and weights take about equal parts, scores next to none). It widens by itself
-where a problem is ill-conditioned: cancelling values, weights in the subnormal range, logits of 1e4 and beyond, near
-ties between large scores.
+d_j holds 2**-23 for the exponential as well, and softcap * 2**-23 where the score is a difference of numbers as large
+as the cap. The sum of the four is `floor^2`, element by element. For N(0, 1) inputs of any length floor is 2.5e-4 to
+2.9e-4 of the output in fp16 and 8 times that in bf16; output and weights take about equal parts and the others next to
+none, while in fp32 they take the most. It widens by itself where a problem is ill-conditioned: cancelling values,
+weights in the subnormal range, logits of 1e4 and beyond, near ties between large scores.
 
     allclose     |error| <= 2e-3 + 1e-3 * |reference|, the tolerance users know, or 6 floor where the floor is higher
     frobenius    norm of the error <= 1.5 floors: 4.2e-4 of the output in fp16 (see `_frobenius_limit` for few rows)
@@ -22,9 +24,9 @@ ties between large scores.
     non_finite   elements that are NaN or infinite where the reference is finite or the reverse, and rows without
                  a key that are not exactly 0 (lse: -inf): none
 
-Where v is NaN or infinite in a key that one row reads, a row from which the mask hides that key may go either way:
-its weight is 0, and 0 * NaN is NaN on a tensor core. Those elements are excused and counted. A key that no row reads
-excuses nothing, nor does NaN in q or k.
+Where v is NaN or infinite in a key of the sequence, a row from which causality, a window or a mask hides that key may
+go either way: its weight is 0, and 0 * NaN is NaN on a tensor core. Those elements are excused and counted. A key
+beyond the sequence's length excuses nothing, nor does NaN in q or k.
 """
 
 from __future__ import annotations
@@ -121,7 +123,7 @@ def check(
         raise ValueError(f"out: expected fp16, bf16 or fp32, got {out.dtype}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     measured = [
-        _measure(block, block.pick(out), None if lse is None else block.pick(lse), out.dtype, scale)
+        _measure(block, block.pick(out), None if lse is None else block.pick(lse), out.dtype, scale, softcap)
         for block in blocks(
             q, k, v, is_causal=is_causal, scale=scale, window=window, softcap=softcap, attn_mask=attn_mask,
             seqused_k=seqused_k,
@@ -148,7 +150,9 @@ def require(
     return verdict
 
 
-def _measure(block: Block, out: Tensor, lse: Tensor | None, dtype: torch.dtype, scale: float) -> Tensor:
+def _measure(
+    block: Block, out: Tensor, lse: Tensor | None, dtype: torch.dtype, scale: float, softcap: float
+) -> Tensor:
     """The figures of one block, as one fp64 vector on its device. out [b, h, group, rows, Dv], lse [.., rows]."""
     out = out.double()
     weights, sums, want_lse = block.softmax()
@@ -156,7 +160,7 @@ def _measure(block: Block, out: Tensor, lse: Tensor | None, dtype: torch.dtype, 
     nothing = want_lse == -torch.inf
     v = block.v if block.v_is_finite else block.v.nan_to_num(0.0, 0.0, 0.0)
     score_error, lean = _score_error(block, sums, want_lse, scale)
-    floor2 = _floor2(block, weights, sums, reference, score_error, lean, v, dtype)
+    floor2 = _floor2(block, weights, sums, reference, score_error, lean, v, dtype, softcap)
 
     finite = reference.isfinite()
     wrong = (out.isfinite() != finite) | (nothing & (out != 0))
@@ -199,17 +203,19 @@ def _score_error(block: Block, sums: Tensor, lse: Tensor, scale: float) -> tuple
 
 def _floor2(
     block: Block, weights: Tensor, sums: Tensor, reference: Tensor, score_error: Tensor, lean: Tensor, v: Tensor,
-    dtype: torch.dtype,
+    dtype: torch.dtype, softcap: float,
 ) -> Tensor:
     """Variance of an honest kernel's error, element by element: the sum in this module's docstring."""
     rounding = torch.minimum(_ulp(weights, dtype).square_() / 12.0, weights.square())
     # exp2(s * scale - max) of the largest score rounds to 1, as long as the product's own rounding is small
     exact = (weights == 1.0) & (score_error < 2.0 ** -_DIGITS[dtype] / 4.0)
     rounding = rounding.masked_fill_(exact, 0.0).div_(sums.square())
-    wobble = (lean / sums * score_error.clamp(max=1.0)).square_()
+    wobble = (lean / sums * (score_error + _FP32_SUM * (1.0 + softcap)).clamp(max=1.0)).square_()
     values = block.times(rounding + wobble, v.square())
     values -= 2.0 * reference * block.times(wobble, v)
     values += reference.square() * wobble.sum(-1, keepdim=True)
+    keys = (block.scores > -torch.inf).sum(-1, keepdim=True)
+    values += keys * (_FP32_SUM / 2.0) ** 2 * ((block.times(weights, v.abs()) / sums).square() + reference.square())
     return values.clamp_(min=0.0) + _ulp(reference, dtype).square_() / 12.0
 
 
@@ -226,12 +232,12 @@ def _plain(block: Block, v: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _excused(block: Block) -> Tensor:
-    """Elements whose row is kept from a key by the mask, where v is not finite in it and another row reads it."""
+    """Elements whose row is kept from a key of its sequence, where v is not finite in it."""
     visible = block.masking.visible(block.batch, block.heads_kv, block.rows)
     if visible is None:
         return torch.zeros((), dtype=torch.bool, device=block.v.device)
-    seen = block.masking.seen(block.batch, block.heads_kv)
-    hidden = ~visible if seen is None else seen & ~visible
+    in_use = block.masking.in_use(block.batch)
+    hidden = ~visible if in_use is None else in_use & ~visible
     return block.times(hidden.expand(block.scores.shape).double(), ~block.v.isfinite()) > 0
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from flashcore.testing import FAMILIES, LAYOUTS, Guarded, Inputs, Shape, lay_out, make
 
-HALF = [torch.float16, torch.bfloat16]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SMALL = {"block_m": 64, "block_n": 32}  # several tiles from few rows; every head dimension and GPU has this one
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_of_inputs(route: Any, family: str, dtype: torch.dtype, is_causal: bool) -> None:
     inputs = make(family, Shape(1, 2, 70, 32, heads_kv=1, seqlen_k=75), dtype, seed=len(family))
@@ -32,7 +32,7 @@ def test_every_remainder_of_a_tile(route: Any, rows: int) -> None:
 
 
 @pytest.mark.parametrize("dim", [8, 16, 24, 40, 64, 72, 80, 96, 128, 136, 192, 248, 256])
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_head_dimensions(route: Any, dim: int, dtype: torch.dtype) -> None:
     route.checked(*make("independent", Shape(1, 1, 19, dim, seqlen_k=45), dtype, seed=dim), block_n=32)
 
@@ -69,7 +69,7 @@ def test_scale(route: Any, scale: float) -> None:
     [Shape(0, 2, 4, 16), Shape(2, 2, 0, 16, seqlen_k=4), Shape(2, 2, 4, 16, seqlen_k=0), Shape(0, 2, 0, 16)],
     ids=["no batch", "no rows", "no keys", "nothing"],
 )
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_empty_sizes(route: Any, shape: Shape, is_causal: bool, dtype: torch.dtype) -> None:
     inputs = make("independent", shape, dtype)
     out, lse = route.checked(*inputs, is_causal=is_causal)
@@ -169,7 +169,7 @@ def calls(draw: st.DrawFn) -> tuple[Inputs, dict[str, Any], str]:
         batch=draw(st.integers(1, 2)), heads_q=heads_kv * draw(st.integers(1, 2)), heads_kv=heads_kv,
         seqlen_q=draw(st.integers(1, 70)), seqlen_k=draw(st.integers(0, 100)), head_dim=8 * draw(st.integers(1, 16)),
     )
-    dtype = draw(st.sampled_from(HALF))
+    dtype = draw(st.sampled_from(DTYPES))
     inputs = make(draw(st.sampled_from(list(FAMILIES))), shape, dtype, seed=draw(st.integers(0, 2**31)))
     if shape.seqlen_k:
         inputs = Inputs(*(lay_out(t, draw(st.sampled_from(list(LAYOUTS)))) for t in inputs))

@@ -19,6 +19,7 @@ from flashcore.core import target as targets
 from flashcore.fast.attention_production import attention
 from flashcore.launch import portable
 from flashcore.testing.mutants import MUTANTS, plant
+from flashcore.testing.problems import run
 
 torch.set_num_threads(1)
 # The interpreter computes with numpy, which warns of infinities and NaN where a GPU does not.
@@ -33,6 +34,8 @@ def answer(request: tuple[Any, ...]) -> Any:
         targets.H100 = TARGETS[rest[0]]  # the one whose tile launch/cpu.py takes
         args, kwargs = rest[1:]
         return attention(*args, **kwargs), kwargs.get("out")
+    if kind == "problem":
+        return run(rest[0], "portable")
     if kind == "plant":
         (name,) = rest
         module = None if name is None else plant(MUTANTS[name])

@@ -28,7 +28,7 @@ def test_the_repositorys_documents_say_what_its_results_say() -> None:
 
 def test_documents_are_written_once(root: Path) -> None:
     written = {path.relative_to(root) for path in report.write(root)}
-    assert written == {Path("README.md"), report.VALIDATION, report.PEERS}
+    assert written == {Path("README.md"), report.VALIDATION, report.PEERS, report.SUPPORT}
     assert report.write(root) == [] and report.stale(root) == []
 
 
@@ -53,7 +53,7 @@ def test_a_new_measurement_makes_documents_stale(root: Path) -> None:
 
 def test_without_results_nothing_is_said(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(README)
-    assert report.write(tmp_path) == []
+    assert report.write(tmp_path) == [tmp_path / report.SUPPORT]  # which is about code
     report_path = tmp_path / report.VALIDATION
     report_path.parent.mkdir(parents=True)
     report_path.write_text("figures from nowhere")
@@ -100,7 +100,7 @@ def test_peers_report_has_every_suite_and_every_absence(root: Path) -> None:
 
 def test_an_incomplete_run_is_not_reported(tmp_path: Path) -> None:
     results.write(tmp_path / "results" / "p.json", records.peers(complete=False))
-    assert report.write(tmp_path) == []
+    assert report.write(tmp_path) == [tmp_path / report.SUPPORT]
 
 
 def test_an_unknown_block_is_an_error(root: Path) -> None:

@@ -89,7 +89,8 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
         "shape": {
             "sq": draw(st.integers(1, 40)), "sk": draw(st.integers(0, 70)), "d": d, "dv": draw(st.just(d) | dims),
             "b": draw(st.integers(1, 2)), "hkv": hkv, "hq": hkv * draw(st.integers(1, 3)),
-            "dtype": draw(st.sampled_from([torch.float16, torch.bfloat16])), "seed": draw(st.integers(0, 2**31)),
+            "dtype": draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32])),
+            "seed": draw(st.integers(0, 2**31)),
         },
         "config": config(draw(tiles), draw(tiles), draw(st.sampled_from(["", "split"]))),
         "is_causal": draw(st.booleans()),

@@ -18,7 +18,7 @@ T4 = Target("Tesla T4", (7, 5), 40, 65_536, 65_536, 4 * 2**20)
 
 
 @pytest.mark.parametrize("target", [H100, A100, L4])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dims", [(8, 8), (64, 64), (96, 40), (256, 256)])
 def test_portable_serves(target: Target, dtype: torch.dtype, dims: tuple[int, int]) -> None:
     problem = dataclasses.replace(SERVED, dtype=dtype, head_dim=dims[0], head_dim_v=dims[1])
@@ -28,8 +28,7 @@ def test_portable_serves(target: Target, dtype: torch.dtype, dims: tuple[int, in
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"dtype": torch.float32}, "float16 and bfloat16, not float32"),
-        ({"dtype": torch.float64}, "float16 and bfloat16, not float64"),
+        ({"dtype": torch.float64}, "float16, bfloat16, float32, not float64"),
         ({"head_dim": 4}, "q and k is 4"),
         ({"head_dim": 65}, "q and k is 65"),
         ({"head_dim": 264}, "q and k is 264"),
@@ -51,8 +50,13 @@ def test_portable_needs_ampere() -> None:
 
 
 def test_every_reason_is_given() -> None:
-    wrong = dataclasses.replace(SERVED, dtype=torch.float32, head_dim=7, head_dim_v=300)
+    wrong = dataclasses.replace(SERVED, dtype=torch.float64, head_dim=7, head_dim_v=300)
     assert len(reasons("portable", wrong, T4)) == 4
+
+
+def test_hopper_refuses_fp32_for_its_dtype_alone() -> None:
+    refused = reasons("hopper", dataclasses.replace(SERVED, dtype=torch.float32), H100)
+    assert refused == ("it computes float16, bfloat16, not float32",)
 
 
 def test_unknown_kernel() -> None:

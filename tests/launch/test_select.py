@@ -140,8 +140,8 @@ def test_an_explicit_backend_serves_or_raises() -> None:
     assert select(problem(), H100, backend="portable").kernel == "portable"
     assert select(problem(), H100, backend="reference") == Config("reference", 0, 0, 0, 0)
     with pytest.raises(UnsupportedError) as refusal:
-        select(problem(dtype=torch.float32), H100, backend="portable")
-    assert set(refusal.value.reasons) == {"portable"}
+        select(problem(dtype=torch.float32), H100, backend="hopper")
+    assert set(refusal.value.reasons) == {"hopper"}
     assert "float32" in str(refusal.value)
     with pytest.raises(ValueError, match="'portable'.*'reference'.*got 'fa9'"):
         select(problem(), H100, backend="fa9")

@@ -87,6 +87,20 @@ def test_the_limits_are_those_of_the_contract(dtype: torch.dtype, seqlen: int) -
     assert verdict.max_error.value < 0.8 * verdict.max_error.limit
 
 
+def test_tensor_cores_are_no_fp32() -> None:
+    """A path in fp32 passes; tensor cores that round its operands to the 11 bits of tf32 do not, nor one operand."""
+    q, k, v = make("independent", Shape(1, 2, 128, 64, seqlen_k=1024), torch.float32)
+    verdict = require(attention(q, k, v, compute_dtype=torch.float32), q, k, v)
+    assert verdict.frobenius.value < 1e-6
+
+    def tf32(x: Tensor) -> Tensor:
+        return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    for rounded in ((tf32(q), k, v), (q, tf32(k), v), (q, k, tf32(v))):
+        out = attention(*rounded, compute_dtype=torch.float32)
+        assert not check(out, q, k, v).passed
+
+
 def e4m3(p: Tensor) -> Tensor:
     return p.to(torch.float8_e4m3fn).float()
 

@@ -126,22 +126,26 @@ def _row_sums(p, layout: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, m, l, acc, qk_scale, FIRST: gl.constexpr, EMPTY_ROWS: gl.constexpr):
-    """Scores of one tile -> weights in fp32, with the running maximum m (in units of log2), sum l and output acc."""
+def _softmax(s, m, l, acc, qk_scale, FIRST: gl.constexpr, EMPTY_ROWS: gl.constexpr, BIAS: gl.constexpr):
+    """Scores of one tile -> weights in fp32, with the running maximum m, sum l and output acc.
+
+    m is in units of log2. With a bias it is one of the scores: they may be as low as the lowest finite number, where
+    the rounding of their product with a factor is itself more than exp2 can take.
+    """
     sums_layout: gl.constexpr = l.type.layout
     out_layout: gl.constexpr = acc.type.layout
-    new_m = gl.max(s, 1) * qk_scale
+    new_m = gl.max(s, 1) if BIAS else gl.max(s, 1) * qk_scale
     if not FIRST:
         new_m = gl.maximum(m, new_m)
     base = new_m
     if EMPTY_ROWS:  # a row that has seen nothing yet: -inf - -inf is no number
         base = gl.where(new_m == -float("inf"), 0.0, new_m)
-    p = gl.exp2(s * qk_scale - base[:, None])
+    p = gl.exp2((s - base[:, None]) * LOG2E if BIAS else s * qk_scale - base[:, None])
     sums = _row_sums(p, sums_layout)
     if FIRST:
         l = sums
     else:
-        alpha = gl.exp2(m - base)
+        alpha = gl.exp2((m - base) * LOG2E if BIAS else m - base)
         l = l * gl.convert_layout(alpha, gl.SliceLayout(1, sums_layout), assert_trivial=True)[:, None] + sums
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, out_layout), assert_trivial=True)[:, None]
     return p, new_m, l, acc
@@ -323,8 +327,8 @@ def attention_forward(
             elif MASKED:
                 if ((tile + 1) * BLOCK_N > visible) | (tile * BLOCK_N < hidden):
                     s = _hide(s, row, tile * BLOCK_N, seqlen_k, shift, left, right, CAUSAL)
-            unit = LOG2E if BIAS or cap is not None else qk_scale
-            p, m, l, acc = _softmax(s, m, l, acc, unit, SINGLE, EMPTY_ROWS)
+            unit = qk_scale if cap is None else LOG2E
+            p, m, l, acc = _softmax(s, m, l, acc, unit, SINGLE, EMPTY_ROWS, BIAS)
             p = gl.convert_layout(p.to(dtype), P, assert_trivial=True)
             mbarrier.wait(v_full, loads & 1)
             sums = warpgroup_mma(p, v_tile, acc, use_acc=not SINGLE, is_async=True)
@@ -359,7 +363,8 @@ def attention_forward(
                 base = head.to(gl.int64) * total_q + first_q
             else:
                 base = (batch.to(gl.int64) * heads + head) * seqlen_q
-            gl.store(lse + base + rows, m * LN2 + gl.log(total), mask=rows < seqlen_q)
+            top = m if BIAS else m * LN2
+            gl.store(lse + base + rows, top + gl.log(total), mask=rows < seqlen_q)
         row_tile, head, batch = next_row_tile, next_head, next_batch
         if PERSISTENT and seqused_k is not None:
             seqlen_k = next_seqlen_k

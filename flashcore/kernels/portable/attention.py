@@ -78,7 +78,10 @@ def multiply(a, b, acc, EMULATED: tl.constexpr):
     """a @ b + acc in fp32; Triton's interpreter would multiply the bit patterns of bf16."""
     if EMULATED:
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc)
+    if a.dtype == tl.float32:  # by FFMA: tensor cores would round the operands to 11 bits
+        return tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc)
 
 
 @triton.jit
@@ -105,21 +108,34 @@ def hide(scores, rows, keys, seqlen_k, last_key, left, right, CAUSAL: tl.constex
 
 @triton.jit
 def apply_mask(
-    scores, scale, mask, stride_mm, stride_mn, rows, keys, seqlen_q, seqlen_k,
-    MASK_M: tl.constexpr, MASK_N: tl.constexpr,
+    scores, scale, mask, stride_mm, stride_mn, start_n, n_rows, n_keys, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASK_M: tl.constexpr, MASK_N: tl.constexpr, BOUND_M: tl.constexpr, BOUND_N: tl.constexpr,
 ):  # fmt: skip
     """bool (bytes): -inf where it is 0; else scale * scores + mask, where a -inf hides the score even if it is NaN.
 
-    MASK_M, MASK_N: 0 where the mask is broadcast over the rows, or over the keys, and is read once for all of them.
+    mask points to the first key of the tile's first row; past n_rows and n_keys, where it may end within the tile, it
+    is not read. MASK_M, MASK_N: 0 where it is broadcast over the rows, or the keys, and is read once for all of them.
     """
-    tile = mask
-    inside = keys[None, :] < seqlen_k
+    rows, keys = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+    offsets = tl.zeros([1, 1], tl.int32)
+    inside = tl.full([1, 1], True, tl.int1)
     if MASK_M:
-        tile += rows.to(tl.int64)[:, None] * stride_mm
-        inside &= rows[:, None] < seqlen_q
+        offsets += rows[:, None] * stride_mm
+        if BOUND_M:
+            inside &= rows[:, None] < n_rows
     if MASK_N:
-        tile += keys.to(tl.int64)[None, :] * stride_mn
-    values = tl.load(tile + tl.zeros(inside.shape, tl.int32), mask=inside, other=0)
+        if MASK_N == 1:
+            mask += start_n
+            offsets += keys[None, :]
+        else:
+            mask += tl.cast(start_n, tl.int64) * stride_mn
+            offsets += keys[None, :] * stride_mn
+        if BOUND_N:
+            inside &= (start_n + keys)[None, :] < n_keys
+    if (MASK_M and BOUND_M) or (MASK_N and BOUND_N):
+        values = tl.load(mask + offsets, mask=inside, other=0)
+    else:
+        values = tl.load(mask + offsets)
     if mask.dtype.element_ty == tl.uint8:
         return tl.where(values != 0, scores, NEGATIVE_INFINITY)
     else:
@@ -128,11 +144,20 @@ def apply_mask(
 
 
 @triton.jit
-def softmax_tile(scores, qk_scale, row_max, row_sum):
-    """One step of the online softmax. Returns (weights, factor for what was accumulated before, maximum, sum)."""
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * qk_scale)
-    rescale = tl.math.exp2(row_max - new_max)
-    weights = tl.math.exp2(scores * qk_scale - new_max[:, None])  # one FFMA and one MUFU per score
+def softmax_tile(scores, qk_scale, row_max, row_sum, BIAS: tl.constexpr):
+    """One step of the online softmax. Returns (weights, factor for what was accumulated before, maximum, sum).
+
+    The maximum is in units of log2. With a bias it is one of the scores: they may be as low as the lowest finite
+    number, where the rounding of their product with a factor is itself more than exp2 can take.
+    """
+    if BIAS:
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        rescale = tl.math.exp2((row_max - new_max) * LOG2E)
+        weights = tl.math.exp2((scores - new_max[:, None]) * LOG2E)
+    else:
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * qk_scale)
+        rescale = tl.math.exp2(row_max - new_max)
+        weights = tl.math.exp2(scores * qk_scale - new_max[:, None])  # one FFMA and one MUFU per score
     return weights, rescale, new_max, row_sum * rescale + tl.sum(weights, 1)
 
 
@@ -140,8 +165,8 @@ def softmax_tile(scores, qk_scale, row_max, row_sum):
 def attend(
     acc, acc_rest, row_max, row_sum, begin, end, whole,
     q_tile, q_rest, k, v, stride_kn, stride_vn, qk_scale, cap, mask, stride_mm, stride_mn,
-    rows, seqlen_q, seqlen_k, last_key, left, right,
-    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, CAUSAL: tl.constexpr, EVEN_N: tl.constexpr,
+    rows, n_rows, seqlen_k, last_key, left, right,
+    HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, CAUSAL: tl.constexpr, EVEN_M: tl.constexpr, EVEN_N: tl.constexpr,
     MASK_M: tl.constexpr, MASK_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr, EMULATED: tl.constexpr, EDGE: tl.constexpr,
@@ -163,8 +188,8 @@ def attend(
             scores = cap - 2.0 * cap / (1.0 + tl.math.exp2(scores * qk_scale))
         if mask is not None:
             scores = apply_mask(
-                scores, qk_scale if cap is None else 1.0, mask, stride_mm, stride_mn, rows, start_n + keys,
-                seqlen_q, seqlen_k, MASK_M, MASK_N,
+                scores, qk_scale if cap is None else 1.0, mask, stride_mm, stride_mn, start_n, n_rows, seqlen_k,
+                BLOCK_M, BLOCK_N, MASK_M, MASK_N, not EVEN_M, BOUND,
             )  # fmt: skip
         if EDGE == EVERY:
             scores = hide(scores, rows, start_n + keys, seqlen_k, last_key, left, right, CAUSAL)
@@ -172,7 +197,7 @@ def attend(
             if start_n >= whole:
                 scores = hide(scores, rows, start_n + keys, seqlen_k, last_key, left, right, CAUSAL)
         weights, rescale, row_max, row_sum = softmax_tile(
-            scores, LOG2E if BIAS or cap is not None else qk_scale, row_max, row_sum
+            scores, qk_scale if cap is None else LOG2E, row_max, row_sum, BIAS
         )
         v_tile = load_rows(v, start_n, keys, stride_vn, seqlen_k, 0, BLOCK_DV, HEAD_DIM_V, BOUND)
         weights = narrow(weights, v_tile.dtype, EMULATED)
@@ -197,11 +222,12 @@ def attention_forward(
     FOLD_BATCH: tl.constexpr, SPLIT: tl.constexpr, NEGATE_Q: tl.constexpr, EMULATED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, REST_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, REST_DV: tl.constexpr, MASK_M: tl.constexpr, MASK_N: tl.constexpr,
+    MASK_UNIT: tl.constexpr, MASK_WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M query rows of one head.
 
-    q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv], o [B, Hq, Sq, Dv], fp16 or bf16, last dimension
-    contiguous; lse fp32 [B, Hq, Sq] contiguous, or None. Sk may be 0.
+    q [B, Hq, Sq, D], k [B, Hkv, Sk, D], v [B, Hkv, Sk, Dv], o [B, Hq, Sq, Dv], fp16, bf16 or fp32, last
+    dimension contiguous; lse fp32 [B, Hq, Sq] contiguous, or None. Sk may be 0.
 
     None where an option is not in use: mask (bytes of a bool, or floats to add), over the scores by its own strides;
     seqused_k int32 [B]; cu_seqlens_q, cu_seqlens_k int32 [B + 1] of packed q, o [total_q, Hq, D] and k, v
@@ -211,7 +237,7 @@ def attention_forward(
     qk_scale: softmax scale times log2(e), above 0: the row maximum is taken before scaling, and a hidden score,
         -inf, times 0 would be NaN. NEGATE_Q serves a negative scale; negation is exact. Without the factor of log2(e)
         where the scores get a bias, and with 2 / cap where cap bounds the scores.
-    STRIDE_UNIT: strides are counted in this many elements. 8 (16 bytes) makes every row's address a multiple of
+    STRIDE_UNIT: strides are counted in this many elements. 16 bytes of them make every row's address a multiple of
         16 bytes in the compiler's eyes, which one 16-byte load per thread needs, whatever the head size.
     WIDE: offsets inside of a tile need 64 bits.
     EVEN_M, EVEN_N: the tiles divide Sq, Sk.
@@ -223,6 +249,8 @@ def attention_forward(
     BLOCK_D, REST_D, BLOCK_DV, REST_DV: a row's columns as one or two powers of two (REST 0), the sizes of Triton's
         tiles: 96 columns as 64 + 32 rather than 128.
     EMULATED: bf16 in Triton's interpreter.
+    MASK_M, MASK_N: whether the mask has rows and keys of its own; MASK_N = 1 where keys are side by side, 2 elsewhere.
+    MASK_UNIT, MASK_WIDE: as STRIDE_UNIT and WIDE, of the mask.
     """
     # Neighbouring blocks share K and V: tiles of one head first. Causal, the longest rows of all heads start first,
     # so that the last wave is made of the shortest.
@@ -259,7 +287,10 @@ def attention_forward(
     v += (batch * stride_vb + head // GROUP * stride_vh) * STRIDE_UNIT
     o += (batch * stride_ob + head * stride_oh) * STRIDE_UNIT
     if mask is not None:
-        mask += batch * stride_mb + head * stride_mh
+        MASK_OFFSET: tl.constexpr = tl.int64 if MASK_WIDE else tl.int32
+        stride_mm = stride_mm.to(MASK_OFFSET) * MASK_UNIT
+        mask += (batch * stride_mb + head * stride_mh) * MASK_UNIT + start_m.to(tl.int64) * stride_mm
+        stride_mn = stride_mn.to(MASK_OFFSET)
 
     block_rows = tl.arange(0, BLOCK_M)
     rows = start_m + block_rows
@@ -297,15 +328,15 @@ def attention_forward(
         acc, acc_rest, row_max, row_sum = attend(
             acc, acc_rest, row_max, row_sum, 0, whole, whole,
             q_tile, q_rest, k, v, stride_kn, stride_vn, qk_scale, cap, mask, stride_mm, stride_mn,
-            rows, seqlen_q, seqlen_k, last_key, left, right,
-            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, MASK_M, MASK_N,
+            rows, seqlen_q - start_m, seqlen_k, last_key, left, right,
+            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_M, EVEN_N, MASK_M, MASK_N,
             BLOCK_M, BLOCK_N, BLOCK_D, REST_D, BLOCK_DV, REST_DV, EMULATED, NONE,
         )  # fmt: skip
         acc, acc_rest, row_max, row_sum = attend(
             acc, acc_rest, row_max, row_sum, whole, end, whole,
             q_tile, q_rest, k, v, stride_kn, stride_vn, qk_scale, cap, mask, stride_mm, stride_mn,
-            rows, seqlen_q, seqlen_k, last_key, left, right,
-            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, MASK_M, MASK_N,
+            rows, seqlen_q - start_m, seqlen_k, last_key, left, right,
+            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_M, EVEN_N, MASK_M, MASK_N,
             BLOCK_M, BLOCK_N, BLOCK_D, REST_D, BLOCK_DV, REST_DV, EMULATED, EVERY,
         )  # fmt: skip
     else:
@@ -313,8 +344,8 @@ def attention_forward(
         acc, acc_rest, row_max, row_sum = attend(
             acc, acc_rest, row_max, row_sum, begin, end, whole,
             q_tile, q_rest, k, v, stride_kn, stride_vn, qk_scale, cap, mask, stride_mm, stride_mn,
-            rows, seqlen_q, seqlen_k, last_key, left, right,
-            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_N, MASK_M, MASK_N,
+            rows, seqlen_q - start_m, seqlen_k, last_key, left, right,
+            HEAD_DIM, HEAD_DIM_V, CAUSAL, EVEN_M, EVEN_N, MASK_M, MASK_N,
             BLOCK_M, BLOCK_N, BLOCK_D, REST_D, BLOCK_DV, REST_DV, EMULATED, EDGE,
         )  # fmt: skip
 
@@ -330,7 +361,12 @@ def attention_forward(
             BLOCK_DV, REST_DV, HEAD_DIM_V, not EVEN_M, HIDES, EMULATED,
         )  # fmt: skip
     if lse is not None:
-        log_sum = tl.where(saw_nothing, NEGATIVE_INFINITY, (row_max + tl.math.log2(row_sum)) * LN2)
+        BIAS: tl.constexpr = mask is not None and mask.dtype.element_ty != tl.uint8
+        if BIAS:
+            log_sum = row_max + tl.math.log2(row_sum) * LN2
+        else:
+            log_sum = (row_max + tl.math.log2(row_sum)) * LN2
+        log_sum = tl.where(saw_nothing, NEGATIVE_INFINITY, log_sum)
         if cu_seqlens_q is not None:
             first = head * total_q + first_row
         else:
