@@ -3,9 +3,9 @@
     python -m flashcore.benchmark.report            writes
     python -m flashcore.benchmark.report --check    exit status 1 when a document differs from what would be written
 
-docs/validation/EXPERT_VALIDATION_REPORT.md, PEERS.md and CROSS_GPU_VALIDATION_REPORT.md are generated whole, and so is
-docs/support-matrix.md, from what the kernels say that they serve. In README.md and everywhere else in docs/ the text
-between `<!-- results:NAME -->` and `<!-- /results -->` is, by the function of that name in BLOCKS.
+The reports in docs/validation/ are generated whole, and so is docs/support-matrix.md, from what the kernels say that they
+serve. In README.md and everywhere else in docs/ the text between `<!-- results:NAME -->` and `<!-- /results -->` is, by
+the function of that name in BLOCKS.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from flashcore.benchmark import (
     page,
     peers_text,
     plots,
+    reliability_text,
     results,
     security_text,
     support_text,
@@ -41,6 +42,7 @@ Record = dict[str, Any]
 VALIDATION = Path("docs/validation/EXPERT_VALIDATION_REPORT.md")
 PEERS = Path("docs/validation/PEERS.md")
 CROSS_GPU = Path("docs/validation/CROSS_GPU_VALIDATION_REPORT.md")
+RELIABILITY = Path("docs/validation/RELIABILITY_REPORT.md")
 SUPPORT = Path("docs/support-matrix.md")
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 _GENERATED = "<!-- Generated from results/ by `python -m flashcore.benchmark.report`; not to be edited. -->"
@@ -53,6 +55,7 @@ def expected(root: Path) -> dict[Path, str | None]:
         root / VALIDATION: _document(validation_report(results.newest(folder, "validation"))),
         root / PEERS: _document(peers_report(folder)),
         root / CROSS_GPU: _document(_cross_gpu(folder)),
+        root / RELIABILITY: _document(reliability_report(folder)),
         root / SUPPORT: _document(support_text.matrix()),
     }
     for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))):
@@ -287,6 +290,25 @@ def _cross_gpu(folder: Path) -> Iterator[str]:
         if number == 0:
             yield from (_GENERATED, "")
         yield line
+
+
+# -- reliability ------------------------------------------------------------------------------------------------
+
+
+def reliability_report(folder: Path) -> Iterator[str]:
+    """docs/validation/RELIABILITY_REPORT.md: one row a claim. No lines without any record."""
+    if not any(reliability_text.newest(folder).values()):
+        return
+    yield _GENERATED
+    yield ""
+    yield "# Reliability"
+    yield ""
+    yield reliability_text.INTRODUCTION
+    yield ""
+    header = ("Claim", "Figure", "Control", "Command", "Date, machine", "Holds")
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + " --- |" * len(header)
+    yield from ("| " + " | ".join(row) + " |" for row in reliability_text.rows(folder))
 
 
 # -- blocks inside other documents ------------------------------------------------------------------------------

@@ -142,8 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if timed:
                 best = timed[0]
                 rows.append(lookup.row(problem, best.config, best.us, gpu.name, environment["commit"] or "unknown"))
-                table = merged(lookup.read(path, gpu.arch) if path.exists() else (), rows)
-                lookup.write(path, gpu.arch, table)  # now: a run that is cut short keeps what it has measured
+                # now: a run that is cut short keeps what it has measured
+                lookup.update(path, gpu.arch, lambda table: merged(table, rows))
                 second = f", then {timed[1].us:.2f} µs" if len(timed) > 1 else ""
                 c = best.config
                 terminal.line(

@@ -5,7 +5,6 @@ All of it reads metadata only, so that it costs no synchronisation and also hold
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,8 @@ from flashcore.core.problem import Mask, Problem, Strides
 
 LAYOUTS = ("bhsd", "bshd")
 BACKENDS = (None, "hopper", "portable", "reference")
+LARGEST = 1e18  # of scale, softcap and 1 / softcap: their products fit float32, in which kernels take them
+MOST = 2**63 - 1  # of any int: what an operator's schema holds
 ALIGNMENT = 16  # bytes that one vector load, and one TMA box row, start at a multiple of
 
 
@@ -202,23 +203,34 @@ def _check_options(o: Options) -> None:
     for name, block in (("block_m", o.block_m), ("block_n", o.block_n)):
         if block is not None and (not isinstance(block, int) or isinstance(block, bool)):
             raise TypeError(_message(name, "an int or None", repr(block)))
+        if block is not None and abs(block) > MOST:
+            raise ValueError(_message(name, f"an int of at most {MOST}", _short(block)))
     for name, flag in (("is_causal", o.is_causal), ("return_lse", o.return_lse)):
         if not isinstance(flag, bool):
             raise TypeError(_message(name, "a bool", repr(flag)))
     if o.scale is not None:
         if not isinstance(o.scale, (int, float)) or isinstance(o.scale, bool):
             raise TypeError(_message("scale", "a number or None", repr(o.scale)))
-        if not -math.inf < o.scale < math.inf:  # symbolic numbers compare, math.isfinite they refuse
-            raise ValueError(_message("scale", "a finite number", repr(o.scale)))
+        if not -LARGEST <= o.scale <= LARGEST:  # NaN fails; symbols compare, math.isfinite refuses them
+            raise ValueError(_message("scale", f"a finite number of at most {LARGEST:g}", _short(o.scale)))
     window: Any = o.window  # whatever the caller gave
-    if len(window) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= -1 for n in window):
-        raise ValueError(_message("window", "two ints of at least -1, (left, right)", repr(window)))
-    if not isinstance(o.softcap, (int, float)) or not 0 <= o.softcap < math.inf:
-        raise ValueError(_message("softcap", "a finite number of at least 0", repr(o.softcap)))
+    if not isinstance(window, (tuple, list)):
+        raise TypeError(_message("window", "two ints, (left, right)", repr(window)))
+    if len(window) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and -1 <= n <= MOST for n in window):
+        least = f"two ints from -1 to {MOST}, (left, right)"
+        raise ValueError(_message("window", least, f"({', '.join(map(_short, window))})"))
+    if not isinstance(o.softcap, (int, float)) or not (o.softcap == 0 or 1 / LARGEST <= o.softcap <= LARGEST):
+        between = f"0 or a finite number from {1 / LARGEST:g} to {LARGEST:g}"
+        raise ValueError(_message("softcap", between, _short(o.softcap)))
     if o.layout not in LAYOUTS:
         raise ValueError(_message("layout", " or ".join(map(repr, LAYOUTS)), repr(o.layout)))
     if o.backend not in BACKENDS:
         raise ValueError(_message("backend", f"one of {', '.join(map(repr, BACKENDS))}", repr(o.backend)))
+
+
+def _short(value: object) -> str:
+    """repr of what may be an int of any length, which Python refuses to print."""
+    return f"an int of {value.bit_length()} bits" if isinstance(value, int) and abs(value) > LARGEST else repr(value)
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, dims: int, axes: str) -> None:

@@ -7,6 +7,7 @@ parameters are not the expected ones, and then go through `CompiledKernel.run`, 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,23 +52,55 @@ class Compiled:
         return list(getattr(self.kernel.metadata, "tensordesc_meta", None) or ())
 
 
-def compile_for(binding: Binding, arch: int) -> Compiled:
+def compile_for(binding: Binding, arch: int, *, anew: bool = False) -> Compiled:
     """Compile `binding` for compute capability `arch` (80, 89, 90 ...); needs no GPU.
+
+    What Triton has on disk serves, unless it cannot be read: that is compiled again, and replaced.
+
+    Args:
+        anew: compile whatever is on disk.
 
     Raises:
         RuntimeError: Triton was told to interpret kernels (TRITON_INTERPRET=1) when the kernel was imported, or
-            to instrument them so that they want scratch memory.
+            to instrument them so that they want scratch memory; or it could not compile: no compiler, a full disk.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-
     if interpreted(binding):
         raise RuntimeError("TRITON_INTERPRET=1 makes Triton run kernels on the CPU; unset it to compile them")
-    kernel = triton.compile(_source(binding), target=GPUTarget("cuda", arch, 32), options=dict(binding.options))
+    kernel = None if anew else _from_disk(binding, arch)
+    if kernel is None:
+        try:
+            kernel = _compile(binding, arch, anew=True)
+        except Exception as failure:  # a compiler may raise anything
+            raise RuntimeError(f"compiling attention for sm_{arch}: {type(failure).__name__}: {failure}") from failure
     for scratch in ("global_scratch_size", "profile_scratch_size"):
         if getattr(kernel.metadata, scratch, 0):
             raise RuntimeError(f"{kernel.metadata.name} wants {scratch}, which is never allocated here")
     return Compiled(kernel, arch)
+
+
+def _from_disk(binding: Binding, arch: int) -> Any:
+    """The kernel as Triton has it on disk, or compiles it; None where what is on disk cannot be read."""
+    try:
+        kernel = _compile(binding, arch, anew=False)
+        return kernel if _readable(kernel) else None
+    except Exception:  # whatever a damaged file leads to; an error of the compiler comes again
+        return None
+
+
+def _compile(binding: Binding, arch: int, anew: bool) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    with triton.knobs.compilation.scope() if anew else contextlib.nullcontext():
+        if anew:
+            triton.knobs.compilation.always_compile = True
+        return triton.compile(_source(binding), target=GPUTarget("cuda", arch, 32), options=dict(binding.options))
+
+
+def _readable(kernel: Any) -> bool:
+    """Whether a kernel that may come from disk is whole, as far as its two files can tell."""
+    wanted = ("name", "num_warps", "shared")
+    return kernel.asm["cubin"][:4] == b"\x7fELF" and all(hasattr(kernel.metadata, name) for name in wanted)
 
 
 def interpreted(binding: Binding) -> bool:

@@ -91,11 +91,17 @@ def load(binding: Binding, device: int, arch: int, before_compiling: Callable[[]
     if key not in _loaded:
         before_compiling()
         compiled = triton_side.compile_for(binding, arch)
-        loaded = driver.load(
-            compiled.cubin, compiled.name, shared=compiled.shared, threads=compiled.threads, device=device
-        )
+        try:
+            loaded = _load(compiled, device)
+        except driver.CudaError:  # the machine code on disk may be damaged
+            compiled = triton_side.compile_for(binding, arch, anew=True)
+            loaded = _load(compiled, device)
         _loaded[key] = (compiled, loaded, driver.parameters(loaded.function))
     return Launch(binding, *_loaded[key])
+
+
+def _load(compiled: Compiled, device: int) -> driver.Loaded:
+    return driver.load(compiled.cubin, compiled.name, shared=compiled.shared, threads=compiled.threads, device=device)
 
 
 def loaded_kernels() -> int:

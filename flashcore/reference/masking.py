@@ -33,7 +33,8 @@ class Masking:
         """Read the options of `flashcore.reference.attention`."""
         batch, heads_q, seqlen_q, _ = q.shape
         heads_kv, seqlen_k = k.shape[1], k.shape[2]
-        left, right = (None if side < 0 else side for side in window)
+        most = seqlen_q + seqlen_k  # hides nothing; larger ones may not fit a tensor
+        left, right = (None if side < 0 else min(side, most) for side in window)
         if attn_mask is not None:
             attn_mask = attn_mask.to(q.device).expand(batch, heads_q, seqlen_q, seqlen_k)
             attn_mask = attn_mask.unflatten(1, (heads_kv, heads_q // heads_kv))

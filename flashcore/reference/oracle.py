@@ -92,7 +92,7 @@ def blocks(
         k, v = k.new_zeros(batch, heads_kv, 1, head_dim), v.new_zeros(batch, heads_kv, 1, v.shape[-1])
         seqlen_k, attn_mask, seqused_k = 1, None, torch.zeros(batch, dtype=torch.int32)
     masking = Masking.of(q, k, is_causal, window, attn_mask, seqused_k)
-    scale = head_dim**-0.5 if scale is None else scale
+    scale = float(head_dim**-0.5 if scale is None else scale)  # an int may be too large for a tensor
     group = heads_q // heads_kv
 
     step_rows = min(seqlen_q, max(1, BLOCK_SCORES // (group * seqlen_k)))

@@ -2,7 +2,7 @@
 
 Compiles every shipped variant and follows q, k, v and masks through the machine code (taint.py says how; which loads
 give lengths, provenance.py). Needs no GPU. Each architecture's kernels are audited again with branches on data planted
-in them, which must be found. `flashcore audit timing` is in timing.py.
+in them, which must be found. The other audits have modules of their own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -109,18 +110,28 @@ def _version(program: Path) -> str:
     return found[1] if found else "?"
 
 
+COMMANDS: dict[str, tuple[str, str]] = {  # the other audits: name -> module, what it asks
+    "bitwise": ("flashcore.security.bitwise", "the same bits on every repeat, stream, process and place in a batch"),
+    "faults": ("flashcore.security.faults", "things that fail, and calls that make no sense; needs no GPU"),
+    "fuzz": ("flashcore.security.fuzz", "random problems over every option, through every gate"),
+    "load": ("flashcore.security.load", "threads and streams at once; does memory grow?"),
+    "sanitize": ("flashcore.security.sanitize", "compute-sanitizer's four tools over every kernel and option"),
+    "tables": ("flashcore.security.tables", "hostile tuning tables, and processes that start at once; needs no GPU"),
+    "timing": ("flashcore.security.timing", "cycles and wall time of kernels on data of two classes"),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 when something is tainted, could not be read, or a control was missed."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given and given[0] in COMMANDS:
+        status: int = import_module(COMMANDS[given[0]][0]).main(given[1:])
+        return status
     parser = argparse.ArgumentParser(prog="flashcore audit", description="Does execution depend on the data?")
-    kinds = parser.add_subparsers(required=True, metavar="sass | timing")
+    kinds = parser.add_subparsers(required=True, metavar="audit")
+    for name, (_, what) in COMMANDS.items():
+        kinds.add_parser(name, help=what)
     options = kinds.add_parser("sass", help="the machine code of every shipped variant; needs no GPU")
-    kinds.add_parser("timing", help="the time of the kernels on this GPU", add_help=False)
-    if argv is None:
-        argv = sys.argv[1:]
-    if argv[:1] == ["timing"]:
-        from flashcore.security import timing
-
-        return timing.main(argv[1:])
     options.add_argument("--arch", type=int, nargs="+", choices=sorted(TARGETS), default=sorted(TARGETS))
     options.add_argument("--quick", action="store_true", help="one variant of each kernel, schedule and mask")
     options.add_argument("--jobs", type=int, help="processes; one for each core")

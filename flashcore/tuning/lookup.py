@@ -2,20 +2,25 @@
 
 A table is data, flashcore/tuning/tables/sm<arch>.json, that `flashcore tune` writes and a reviewer reads in a diff,
 one row a line. Reading is strict, and nothing in a table is run: a row only points at a configuration, and the caller
-takes it only if its own allow-list holds the same one.
+takes it only if its own allow-list holds the same one. A file that others could have written, or that a link names,
+is not read at all. Whoever writes holds a lock and replaces the whole file, so that a reader sees the old table or the
+new one, also when the writer is killed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import stat
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +30,7 @@ from flashcore.core.problem import Problem
 TABLES = Path(__file__).parent / "tables"
 FORMAT = 1
 MAX_BYTES = 1 << 20  # a table of some hundred rows has about 100 KB
+MAX_TEXT = 200  # characters of a name in a row, and of a message
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # From so many heads in a batch on, every GPU has several waves of tiles, and more of them change no choice.
@@ -119,12 +125,34 @@ def table(arch: int) -> tuple[Row, ...]:
 def read(path: Path, arch: int) -> tuple[Row, ...]:
     """The rows of a file. One that is no table of `arch` warns and counts as empty, so that rules serve instead."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"more than {MAX_BYTES} bytes")
-        return parse(path.read_text(encoding="utf-8"), arch)
+        return parse(_content(path).decode("utf-8"), arch)
     except (OSError, ValueError, RecursionError) as error:
-        warnings.warn(f"tuning table {path.name} is not used: {error}", RuntimeWarning, stacklevel=2)
+        why = str(error) or type(error).__name__
+        why = why if len(why) <= MAX_TEXT else why[:MAX_TEXT] + " ..."
+        warnings.warn(f"tuning table {path.name} is not used: {why}", RuntimeWarning, stacklevel=2)
         return ()
+
+
+def _content(path: Path) -> bytes:
+    """The bytes of a regular file that nobody but its owner, who is trusted anyway, can write.
+
+    What is looked at is what is read: the file is opened once, and never waited for, as a pipe would have it.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    with os.fdopen(os.open(path, flags), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError("not a regular file")
+        if hasattr(os, "geteuid"):
+            # root, this user, or whoever installed this very module
+            if found.st_uid not in (0, os.geteuid(), os.stat(__file__).st_uid):
+                raise ValueError(f"it belongs to another user, {found.st_uid}")
+            if found.st_mode & 0o002 or (found.st_mode & 0o020 and found.st_gid != os.getegid()):
+                raise ValueError(f"others can write into it: mode {stat.S_IMODE(found.st_mode):o}")
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES} bytes")
+    return content
 
 
 def parse(text: str, arch: int) -> tuple[Row, ...]:
@@ -132,15 +160,28 @@ def parse(text: str, arch: int) -> tuple[Row, ...]:
 
     Raises:
         ValueError: it is not of the format, down to each field's type; the message names the row.
+        RecursionError: it nests too deep.
     """
-    document = json.loads(text)
+    document = json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
     if not isinstance(document, dict) or set(document) != {"format", "arch", "rows"}:
         raise ValueError("expected an object of format, arch and rows")
-    if document["format"] != FORMAT or document["arch"] != arch:
-        raise ValueError(f"expected format {FORMAT} for arch {arch}, got {document['format']!r}, {document['arch']!r}")
+    versions = document["format"], document["arch"]
+    if versions != (FORMAT, arch) or any(type(v) is not int for v in versions):  # True and 1.0 are equal to 1
+        raise ValueError(f"expected format {FORMAT} for arch {arch}, got {versions[0]!r}, {versions[1]!r}")
     if not isinstance(document["rows"], list):
         raise ValueError("rows: expected a list")
     return tuple(_row(i, entry) for i, entry in enumerate(document["rows"]))
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("expected each name once in an object")
+    return found
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"expected numbers, got {text}")
 
 
 _OPTIONAL = {"maxnreg": int, "us": float}
@@ -156,7 +197,9 @@ def _row(index: int, entry: object) -> Row:
         if value is None and name in _OPTIONAL:
             continue
         if type(value) is not kind:  # bool is an int to isinstance
-            raise ValueError(f"row {index}: {name}: expected {kind.__name__}, got {value!r}")
+            raise ValueError(f"row {index}: {name}: expected {kind.__name__}, got {type(value).__name__}")
+        if isinstance(value, str) and not (len(value) <= MAX_TEXT and value.isprintable()):
+            raise ValueError(f"row {index}: {name}: expected at most {MAX_TEXT} printable characters")
         if kind in (int, float) and not 0 < entry[name] < 2**31:  # NaN fails too
             raise ValueError(f"row {index}: {name}: expected a number above 0 and below 2^31, got {value!r}")
     if entry["dtype"] not in DTYPES:
@@ -171,15 +214,55 @@ def write(path: Path, arch: int, rows: Iterable[Row]) -> None:
     """Write a table that `read` accepts, one row a line, in the order given; readers see the old or the new file.
 
     Raises:
-        ValueError: a row that `read` would refuse.
+        ValueError: a row that `read` would refuse, or more rows than it would read.
+        OSError: the disk is full, the folder cannot be written; the old file is as it was.
     """
+    text = _text(arch, rows)
+    with _locked(path.parent):
+        _replace(path, text)
+
+
+def update(path: Path, arch: int, change: Callable[[tuple[Row, ...]], Iterable[Row]]) -> None:
+    """Write what `change` makes of the rows that are there (none where there is no table), as `write` does.
+
+    Nobody else who uses `update` or `write` comes in between.
+    """
+    with _locked(path.parent):
+        _replace(path, _text(arch, change(read(path, arch) if path.exists() else ())))
+
+
+def _text(arch: int, rows: Iterable[Row]) -> str:
     lines = ",\n".join("  " + json.dumps(asdict(r), allow_nan=False) for r in rows)
     text = f'{{\n "format": {FORMAT},\n "arch": {arch},\n "rows": [\n{lines}\n ]\n}}\n'
     parse(text, arch)
+    if len(text.encode()) > MAX_BYTES:
+        raise ValueError(f"a table of more than {MAX_BYTES} bytes")
+    return text
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Alone among those who lock this folder, where the system has such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # and with it the lock
+
+
+def _replace(path: Path, text: str) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".new")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # a machine that loses power must not keep the name without the bytes
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:

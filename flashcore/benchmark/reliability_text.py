@@ -1,0 +1,116 @@
+"""docs/validation/RELIABILITY_REPORT.md: every claim of reliability beside what was measured and what has to fail."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flashcore.benchmark import results
+
+Record = dict[str, Any]
+
+# Kind of record -> what it is asked for, where nobody ran it yet, and the command.
+KINDS: dict[str, tuple[str, str]] = {
+    "gpu-tests": ("Every test that needs a GPU passes on one", "make gpu-test"),
+    "audit-fuzz": ("Random problems over every option pass every gate", "flashcore audit fuzz"),
+    "audit-bitwise": ("The same bits on every repeat, stream, process and place in a batch", "flashcore audit bitwise"),
+    "audit-load": ("Threads and streams at once: right every time, and memory does not grow", "flashcore audit load"),
+    "audit-sanitize": ("compute-sanitizer finds nothing in any kernel or option", "flashcore audit sanitize"),
+    "audit-faults": ("After a fault the next call is right; only problems are launched", "flashcore audit faults"),
+    "audit-tables": ("Hostile tuning tables and simultaneous starts break nothing", "flashcore audit tables"),
+    "audit-sass": ("No branch and no address depends on q, k or v", "flashcore audit sass"),
+    "audit-timing": ("Time does not depend on what q, k and v hold", "flashcore audit timing"),
+}
+NOT_RUN = {80: "A100", 89: "L4"}  # architecture -> the GPU that stands for it, of which there may be no record
+
+
+class Line(NamedTuple):
+    """One row of the table."""
+
+    claim: str
+    figure: str
+    control: str
+    passed: bool
+
+
+def _said(record: Record) -> Iterator[Line]:
+    """What the audits of flashcore/security/record.py say themselves."""
+    for row in record["rows"]:
+        yield Line(row["claim"], row["figure"], row["control"], row["passed"])
+
+
+def _gpu_tests(record: Record) -> Iterator[Line]:
+    figure = f"{record['passed']:,} passed, {record['failed']} failed, {record['skipped']} skipped"
+    yield Line(KINDS["gpu-tests"][0], figure, "", not record["failed"] and not record["unfinished"])
+
+
+def _sass(record: Record) -> Iterator[Line]:
+    for row in record["summary"]:
+        tainted = row["tainted_branches"] + row["tainted_addresses"] + row["tainted_other"]
+        caught = f"{row['controls_caught']} of {row['controls']} kernels with a branch on data found"
+        yield Line(
+            f"{KINDS['audit-sass'][0]}, sm_{row['arch']}",
+            f"{row['clean']:,} of {row['variants']:,} variants clean, {tainted} findings", caught,
+            row["clean"] == row["variants"] and row["controls_caught"] == row["controls"] > 0,
+        )  # fmt: skip
+
+
+def _timing(record: Record) -> Iterator[Line]:
+    cases = [case for case in record["cases"] if case.get("gated")]
+    even, caught = sum(case["ok"] for case in cases), sum(case["ok"] for case in record["controls"])
+    controls = f"{caught} of {len(record['controls'])} kernels with a branch on data told apart"
+    figure = f"{even} of {len(cases)} comparisons within the limits"
+    yield Line(KINDS["audit-timing"][0], figure, controls, even == len(cases) > 0 and caught == len(record["controls"]))
+
+
+_LINES: dict[str, Callable[[Record], Iterator[Line]]] = {
+    "gpu-tests": _gpu_tests, "audit-sass": _sass, "audit-timing": _timing
+}  # fmt: skip
+
+
+def newest(folder: Path) -> dict[str, dict[str, Record]]:
+    """Kind -> machine ("" = none with a GPU) -> its newest complete record."""
+    found: dict[str, dict[str, Record]] = {kind: {} for kind in KINDS}
+    for path in sorted(folder.glob("*.json")):
+        record = results.read(path)
+        if record["kind"] not in KINDS or not record.get("complete", True) or record.get("quick"):
+            continue
+        here, gpu = found[record["kind"]], record["environment"]["gpu"] or ""
+        record["file"] = path.name
+        if gpu not in here or _date(here[gpu]) <= _date(record):
+            here[gpu] = record
+    return found
+
+
+def _date(record: Record) -> str:
+    """When it was recorded; the first GPU tests say it in their file's name alone."""
+    named = re.search(r"\d{4}-\d\d-\d\d", record["file"])
+    return str(record["environment"].get("recorded") or (named[0] if named else ""))
+
+
+def rows(folder: Path) -> Iterator[Sequence[str]]:
+    """The table's rows: claim, figure, control, command, date and machine, and whether it holds."""
+    found = newest(folder)
+    for kind, (claim, command) in KINDS.items():
+        for gpu, record in sorted(found[kind].items()):
+            when = f"[{_date(record)[:10]}](../../results/{record['file']}), {gpu or 'no GPU'}"
+            for line in _LINES.get(kind, _said)(record):
+                asked = f"`{record.get('command', command)}`"
+                yield line.claim, line.figure, line.control or "-", asked, when, "yes" if line.passed else "**no**"
+        if not found[kind]:
+            yield claim, "not run yet", "-", f"`{command}`", "-", "-"
+    audited = {row["arch"] for record in found["audit-sass"].values() for row in record["summary"]}
+    machines = {gpu for kind in found.values() for gpu in kind}
+    for arch, name in NOT_RUN.items():
+        if not any(name in gpu.split() or f"{name}-" in gpu for gpu in machines):
+            state = "compiled and audited, not run" if arch in audited else "not run yet"
+            yield f"Everything above that needs a GPU, on {name} (sm_{arch})", state, "-", "-", "-", "-"
+
+
+INTRODUCTION = (
+    "Each claim is a command that you can run, and each command plants faults of its own, which it has to find in the"
+    " same run: a row holds where the claim held and the control failed. A record of a smaller run than the claim asks"
+    " for is not shown. What `flashcore audit sass` and `audit timing` can't see is in [security.md](../security.md)."
+)

@@ -1,0 +1,222 @@
+"""`flashcore audit load`: many threads and streams at once, every result compared, memory watched all the while.
+
+Threads share problems and streams. Each writes a block of results and has the GPU compare all of their bits with the
+first ones; every few blocks it also lets attention allocate, and asks for a shape that nobody asked for before. Memory
+is read between slices, when nothing is under way. The controls: one bit of what is expected is wrong, which every call
+of its problem must show; and a leak of a tensor every so many calls, which both figures of memory must show.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcore.fast.attention_production import attention
+from flashcore.security import record
+from flashcore.security.bitwise import bits, on, streams, synchronize
+from flashcore.testing import Shape, make
+from flashcore.testing.inputs import place
+
+BLOCK = 64  # results that are compared together
+HOST_LIMIT = 1 << 20  # bytes that may be gained
+WARM = 2  # slices before the first reading: caches fill
+SHAPES: tuple[tuple[Shape, dict[str, Any]], ...] = (
+    (Shape(2, 4, 128, 64), {}),
+    (Shape(1, 8, 64, 64), {"is_causal": True}),
+    (Shape(2, 2, 197, 128, heads_kv=1), {}),
+    (Shape(4, 2, 33, 32, seqlen_k=100), {"is_causal": True}),
+)
+
+
+@dataclass
+class Problem:
+    """One call, and the bits that it gave at first."""
+
+    inputs: tuple[Tensor, ...]
+    options: dict[str, Any]
+    want: Tensor
+
+    @staticmethod
+    def all(device: str) -> list[Problem]:
+        made = []
+        for i, (shape, options) in enumerate(SHAPES):
+            inputs: Any = tuple(place(t, device) for t in make("outliers", shape, seed=i))
+            out: Any = attention(*inputs, **options)
+            made.append(Problem(inputs, options, bits(out)[0].clone()))
+        return made
+
+
+@dataclass
+class Slice:
+    """What all threads did in one slice of time."""
+
+    calls: int = 0
+    mismatches: int = 0
+    errors: list[str] = field(default_factory=list)
+
+
+class Load:
+    """Threads over problems; `leak`: keep one tensor and one string of every so many calls."""
+
+    def __init__(self, device: str, threads: int, lanes: int, leak: int = 0) -> None:
+        self.device, self.threads, self.leak = device, threads, leak
+        self.problems = Problem.all(device)
+        self.lanes = streams(device, lanes)
+        self.kept: list[Any] = []
+        self._lock = threading.Lock()
+        self._number = 0
+        synchronize(device)
+
+    def run(self, seconds: float, calls: int) -> Slice:
+        """Run every thread until either is reached."""
+        said = Slice()
+        deadline = time.monotonic() + seconds
+        each = -(-calls // self.threads)
+        threads = [threading.Thread(target=self._work, args=(i, deadline, each, said)) for i in range(self.threads)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        synchronize(self.device)
+        return said
+
+    def _work(self, which: int, deadline: float, calls: int, said: Slice) -> None:
+        done, turn = 0, which
+        totals: list[Tensor] = []
+        try:
+            with torch.no_grad():
+                while done < calls and time.monotonic() < deadline:
+                    problem = self.problems[turn % len(self.problems)]
+                    with on(self.lanes[turn % len(self.lanes)]):
+                        totals.append(self._block(problem))
+                        if turn % 4 == which % 4:
+                            self._unseen(turn)
+                    done += BLOCK
+                    turn += self.threads + 1
+                    if len(totals) >= 16:
+                        self._add(totals, said)
+            self._add(totals, said)
+        except BaseException as error:
+            with self._lock:
+                said.errors.append(f"{type(error).__name__}: {error}"[:200])
+        with self._lock:
+            said.calls += done
+
+    def _add(self, totals: list[Tensor], said: Slice) -> None:
+        synchronize(self.device)  # they were made on streams that reading them here would not wait for
+        found = sum(int(t) for t in totals)
+        totals.clear()
+        with self._lock:
+            said.mismatches += found
+
+    def _block(self, problem: Problem) -> Tensor:
+        """How many of BLOCK calls gave other bits, on the device."""
+        q, k, v = problem.inputs
+        results = torch.empty((BLOCK, *problem.want.shape), dtype=q.dtype, device=q.device)
+        for i in range(BLOCK - 1):
+            attention(q, k, v, out=results[i], **problem.options)
+        own: Any = attention(q, k, v, **problem.options)
+        results[BLOCK - 1].copy_(own)
+        if self.leak:
+            with self._lock:
+                self.kept += [own, "x" * self.leak]
+        return (bits(results)[0] != problem.want).flatten(1).any(1).sum()
+
+    def _unseen(self, turn: int) -> None:
+        """A call of a shape and an option that are new: what is kept of calls must not grow without end."""
+        with self._lock:
+            self._number += 1
+            number = self._number
+        q, k, v = self.problems[0].inputs
+        attention(q, k, v, scale=1.0 / (1 + number % 5_000))
+
+
+def host_bytes() -> int:
+    """Resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def device_bytes(device: str) -> int:
+    """Memory of tensors that are alive."""
+    return int(torch.cuda.memory_allocated()) if device != "cpu" else 0
+
+
+def soak(load: Load, slices: int, seconds: float, calls: int) -> tuple[Slice, list[dict[str, int]]]:
+    """Run so many slices of so many seconds in all. Returns their sum, and memory (bytes) after each."""
+    total, memory = Slice(), []
+    for _ in range(slices):
+        said = load.run(seconds / slices, -(-calls // slices))
+        total.calls += said.calls
+        total.mismatches += said.mismatches
+        total.errors += said.errors
+        gc.collect()
+        memory.append({"device": device_bytes(load.device), "host": host_bytes()})
+    return total, memory
+
+
+def gained(memory: Sequence[dict[str, int]], what: str) -> int:
+    """Bytes more at the end than at most in the first slices after the caches were full."""
+    after = [reading[what] for reading in memory[WARM:]]
+    half = max(1, len(after) // 2)
+    return min(after[half:], default=after[-1]) - max(after[:half]) if len(after) > 1 else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line. Returns 1 when a result differed, memory grew, or a control went unnoticed."""
+    on_gpu = torch.cuda.is_available()
+    parser = record.parser("load", "Threads and streams at once: every result compared, memory watched.")
+    parser.add_argument("--calls", type=int, default=1_000_000 if on_gpu else 20_000, metavar="N", help="(%(default)s)")
+    parser.add_argument("--seconds", type=float, default=60.0, metavar="T", help="at most (%(default)s)")
+    parser.add_argument("--threads", type=int, default=8, metavar="N", help="(%(default)s)")
+    parser.add_argument("--streams", type=int, default=16, metavar="N", help="(%(default)s)")
+    parser.add_argument("--slices", type=int, default=12, metavar="N", help="memory is read after each (%(default)s)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
+    options = parser.parse_args(argv)
+    if options.device == "cpu":
+        torch.set_num_threads(1)
+    began = time.monotonic()
+    load = Load(options.device, options.threads, options.streams)
+    total, memory = soak(load, options.slices, options.seconds, options.calls)
+    load.problems[0].want.view(-1)[0] ^= 1
+    synchronize(options.device)
+    planted = load.run(5.0, options.threads * BLOCK * len(SHAPES))
+    leaky = Load(options.device, options.threads, options.streams, leak=1 << 16)
+    _, leaked = soak(leaky, 8, 4.0, 40 * BLOCK * options.threads)
+    host, device = gained(memory, "host"), gained(memory, "device")
+    lost_host, lost_device = gained(leaked, "host"), gained(leaked, "device")
+    noticed = lost_host > HOST_LIMIT and (lost_device > 0 or options.device == "cpu")
+    rows = [
+        record.Row(
+            f"{options.threads} threads on {options.streams} streams get the right bits every time",
+            f"{total.calls:,} calls: {total.mismatches} mismatches, {len(total.errors)} errors",
+            f"one bit of what is expected changed: {planted.mismatches} of {planted.calls} calls noticed",
+            not total.mismatches and not total.errors and total.calls > 0 and planted.mismatches > 0,
+        ),
+        record.Row(
+            "Memory does not grow: no byte on the device, at most 1 MiB on the host",
+            f"{options.slices} slices in {options.seconds:.0f} s: {device:,} bytes gained on the device,"
+            f" {host / 2**20:.2f} MiB on the host",
+            f"a planted leak: {lost_device:,} bytes and {lost_host / 2**20:.1f} MiB",
+            device <= 0 and host <= HOST_LIMIT and noticed,
+        ),
+    ]
+    for error in total.errors[:5]:
+        print(f"  {error}")
+    return record.finish(
+        "load", rows, options.json, arguments=argv, seconds=time.monotonic() - began, gpu=options.device != "cpu",
+        complete=total.calls >= options.calls and options.device != "cpu", calls=total.calls,
+        mismatches=total.mismatches, errors=total.errors, memory=memory, memory_leaking=leaked,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""Faults to plant in the Hopper kernel, as mutants.py has them for the portable one; each with the trial that shows it.
+
+None of them touches a barrier or the bytes it waits for: a kernel that hangs shows nothing but that it hangs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flashcore.testing.mutants import Mutant
+
+KERNEL = "kernels/hopper/attention.py"
+BINDING = "launch/hopper.py"
+
+
+@dataclass(frozen=True, slots=True)
+class HopperMutant(Mutant):
+    """A mutant, and the name of the trial that has to catch it (tests/kernels/hopper_mutants.py has them)."""
+
+    trial: str = "plain"
+
+    def source(self) -> str:
+        """As Mutant's; the copy's neighbours are where the shipped module's are."""
+        package = self.file.rsplit("/", 1)[0].replace("/", ".")
+        return Mutant.source(self).replace("from .", f"from flashcore.{package}.")
+
+
+def _kernel(name: str, old: str, new: str, trial: str = "plain") -> HopperMutant:
+    return HopperMutant(name, KERNEL, old, new, trial)
+
+
+def _binding(name: str, old: str, new: str, trial: str = "plain") -> HopperMutant:
+    return HopperMutant(name, BINDING, old, new, trial)
+
+
+_ALPHA = "gl.convert_layout(alpha, gl.SliceLayout(1, {}_layout), assert_trivial=True)[:, None]"
+_FIRST = "batch, head // GROUP, first_k, length, longest_k, key, {0}_full, {0}_box, exists"
+
+_PLANTED = (
+    # -- softmax
+    _kernel("maximum of this tile alone", "new_m = gl.maximum(m, new_m)", "new_m = new_m", "large logits"),
+    _kernel("maximum not scaled", "new_m = gl.max(s, 1) * qk_scale", "new_m = gl.max(s, 1)"),
+    _kernel("rescale upside down", "alpha = gl.exp2(m - base)", "alpha = gl.exp2(base - m)"),
+    _kernel("sum not rescaled", f"l = l * {_ALPHA.format('sums')} + sums", "l = l + sums"),
+    _kernel("accumulator not rescaled", f"acc = acc * {_ALPHA.format('out')}", "acc = acc"),
+    _kernel("base e for base 2", "p = gl.exp2(s * qk_scale", "p = gl.exp(s * qk_scale"),
+    # -- precision
+    _kernel("weights with 8 bits", "p = gl.convert_layout(p.to(dtype), P",
+            "p = gl.convert_layout(((p * 256.0 + 0.5).to(gl.int32).to(gl.float32) / 256.0).to(dtype), P"),
+    _kernel("accumulator in fp16", "acc, p = warpgroup_mma_wait(0, deps=(sums, p))",
+            "acc, p = warpgroup_mma_wait(0, deps=(sums, p))\n            acc = acc.to(gl.float16).to(gl.float32)",
+            "many keys"),
+    _kernel("scores in fp16", "s = warpgroup_mma_wait(0, deps=(scores,))",
+            "s = warpgroup_mma_wait(0, deps=(scores,)).to(gl.float16).to(gl.float32)", "wide"),
+    _kernel("result 0.1% too large", "inverse = 1.0 / total", "inverse = 1.001 / total"),
+    _binding("scale 0.3% too large", "score_scalars(p, scale)", "score_scalars(p, 1.003 * scale)"),
+    _kernel("sign of scale lost", "s = -s", "s = s", "negative scale"),
+    _binding("scale counts as positive", '"NEGATE": scale < 0', '"NEGATE": False', "negative scale"),
+    # -- lse
+    _kernel("lse in base 2", "m * LN2 + gl.log(total)", "m + gl.log(total)"),
+    _kernel("lse of every batch in the first", "(batch.to(gl.int64) * heads + head)",
+            "(batch.to(gl.int64) * 0 + head)"),
+    _kernel("lse of the last row unwritten", "mask=rows < seqlen_q)", "mask=rows < seqlen_q - 1)"),
+    # -- masks and tiles
+    _kernel("one key beyond the end", "seqlen_k - key, gl.int32", "seqlen_k - key + 1, gl.int32"),
+    _kernel("last key hidden", "seqlen_k - key, gl.int32", "seqlen_k - key - 1, gl.int32"),
+    _binding("keys beyond the end", '"EVEN_N": p.seqlen_k % config.block_n == 0 and not p.ragged', '"EVEN_N": True'),
+    _kernel("diagonal hidden", "end = gl.minimum(end, row + shift + 1 - key", "end = gl.minimum(end, row + shift - key",
+            "causal"),
+    _kernel("one key beyond the diagonal", "end = gl.minimum(end, row + shift + 1 - key",
+            "end = gl.minimum(end, row + shift + 2 - key", "causal"),
+    _kernel("diagonal from the top left", "    shift = seqlen_k - seqlen_q\n    begin = 0",
+            "    shift = 0\n    begin = 0", "causal"),
+    _kernel("diagonal tile skipped", "row + BLOCK_M + shift)\n", "row + shift)\n", "causal"),
+    _kernel("diagonal tile without its mask", "visible = gl.minimum(visible, row + shift + 1)",
+            "visible = gl.minimum(visible, row + shift + BLOCK_M)", "causal"),
+    _kernel("blind rows keep what they multiplied", "out = gl.where(empty[:, None], 0.0, out)", "out = out", "blind"),
+    _binding("no row counts as blind", '"EMPTY_ROWS": _empty_rows(p)', '"EMPTY_ROWS": False', "blind"),
+    _kernel("hidden scores finite", 'gl.where(columns >= end[:, None], -float("inf"), s)',
+            "gl.where(columns >= end[:, None], -1e9, s)", "blind"),
+    _kernel("window one key too wide", "columns < (diagonal - left)[:, None]",
+            "columns < (diagonal - left - 1)[:, None]", "window"),
+    _kernel("window one key too narrow", "end = gl.minimum(end, diagonal + right + 1)",
+            "end = gl.minimum(end, diagonal + right)", "window"),
+    _kernel("window's first tile without its mask", "hidden = row + BLOCK_M - 1 + shift - left",
+            "hidden = row + shift - left - BLOCK_N", "window"),
+    _kernel("half of the cap", "s = cap - 2.0 * cap /", "s = cap - cap /", "soft cap"),
+    _kernel("scores beside a bias not scaled", "s * scale + bias", "s + bias", "bias"),
+    _kernel("mask turned round", "gl.where(mask == 0,", "gl.where(mask != 0,", "mask"),
+    _binding("mask of the first head", "int(p.mask is not None and p.mask.strides[1] != 0)", "0", "mask"),
+    _kernel("lengths ignored", "seqlen_k = _used(seqused_k, batch, longest_k)", "seqlen_k = longest_k", "lengths"),
+    _kernel("keys of the first sequence", "first_k, seqlen_k = _rows_of(cu_seqlens_k, batch, total_k, longest_k)",
+            "first_k, seqlen_k = _rows_of(cu_seqlens_k, batch, total_k, longest_k)\n        first_k = first_k * 0",
+            "packed"),
+    # -- addresses
+    _kernel("key heads in turn", f"_load(k_desc, {_FIRST.format('k')}",
+            f"_load(k_desc, {_FIRST.format('k').replace('head // GROUP', 'head % (heads // GROUP)')}"),
+    _kernel("value heads in turn", f"_load(v_desc, {_FIRST.format('v')}",
+            f"_load(v_desc, {_FIRST.format('v').replace('head // GROUP', 'head % (heads // GROUP)')}"),
+    _kernel("next item's keys of this batch", "load_batch = gl.where(last, next_batch, batch)", "load_batch = batch",
+            "persistent"),
+    _kernel("next item's keys of this head", "load_head = gl.where(last, next_head, head) // GROUP",
+            "load_head = head // GROUP", "persistent"),
+    _binding("strides of v for k", 'descriptor("k", keys, p.head_dim, p.stride_k',
+             'descriptor("k", keys, p.head_dim, p.stride_v', "strides"),
+    _binding("strides of q for the output", "p.head_dim_v, p.stride_o", "p.head_dim_v, p.stride_q", "strides"),
+    _binding("last rows unwritten", "row_tiles = -(-p.seqlen_q // config.block_m)",
+             "row_tiles = p.seqlen_q // config.block_m"),
+)  # fmt: skip
+MUTANTS: dict[str, HopperMutant] = {mutant.name: mutant for mutant in _PLANTED}

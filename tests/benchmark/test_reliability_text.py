@@ -1,0 +1,68 @@
+"""The reliability report, made of records that never happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashcore.benchmark import reliability_text, report, results
+from tests.benchmark import records
+
+
+def audit(kind: str, *, gpu: str | None = "NVIDIA H100 80GB HBM3", passed: bool = True, **more: Any) -> dict[str, Any]:
+    row = {"claim": f"{kind} holds", "figure": "7 problems", "control": "found", "passed": passed}
+    return {
+        "kind": kind, "environment": records.environment(gpu=gpu), "command": f"flashcore {kind.replace('-', ' ')}",
+        "complete": True, "rows": [row], **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    results.write(tmp_path / "results" / "a.json", audit("audit-fuzz"))
+    return tmp_path / "results"
+
+
+def text(folder: Path) -> list[str]:
+    return [" | ".join(row) for row in reliability_text.rows(folder)]
+
+
+def test_a_row_names_claim_figure_control_command_and_machine(folder: Path) -> None:
+    row = text(folder)[1]
+    for part in ("audit-fuzz holds", "7 problems", "found", "`flashcore audit fuzz`", "H100", "a.json", "| yes"):
+        assert part in row
+
+
+def test_what_did_not_run_says_so(folder: Path) -> None:
+    assert sum("not run yet" in row for row in text(folder)) == len(reliability_text.KINDS) - 1 + 2
+    summary = {"arch": 80, "clean": 3, "variants": 3, "tainted_branches": 0, "tainted_addresses": 0, "tainted_other": 0,
+               "controls": 1, "controls_caught": 1}  # fmt: skip
+    sass = {"kind": "audit-sass", "environment": records.environment(gpu=None), "summary": [summary]}
+    results.write(folder / "sass.json", sass)
+    assert any("A100" in row and "compiled and audited, not run" in row for row in text(folder))
+    results.write(folder / "a100.json", audit("audit-load", gpu="NVIDIA A100-SXM4-80GB"))
+    assert not any("on A100" in row for row in text(folder))
+
+
+def test_a_claim_that_failed_is_shown_and_a_small_run_is_not(folder: Path) -> None:
+    results.write(folder / "b.json", audit("audit-load", passed=False))
+    results.write(folder / "c.json", audit("audit-bitwise", complete=False))
+    assert any("audit-load holds" in row and row.endswith("**no**") for row in text(folder))
+    assert not any("audit-bitwise holds" in row for row in text(folder))
+
+
+def test_tests_and_timing_are_counted(folder: Path) -> None:
+    tests = {"kind": "gpu-tests", "environment": records.environment(), "passed": 5, "failed": 1, "skipped": 0,
+             "unfinished": 0, "complete": True}  # fmt: skip
+    results.write(folder / "t.json", tests)
+    timing = {"kind": "audit-timing", "environment": records.environment(), "complete": True,
+              "cases": [{"gated": True, "ok": True}, {"gated": False, "ok": False}], "controls": [{"ok": True}]}
+    results.write(folder / "u.json", timing)
+    assert any("5 passed, 1 failed" in row and row.endswith("**no**") for row in text(folder))
+    assert any("1 of 1 comparisons" in row and row.endswith("| yes") for row in text(folder))
+
+
+def test_without_any_record_there_is_no_report(tmp_path: Path) -> None:
+    assert not list(report.reliability_report(tmp_path))

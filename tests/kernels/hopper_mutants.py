@@ -1,0 +1,152 @@
+"""Runs mutants of the Hopper kernel, or compiles them, in a process of its own: test_hopper_mutants.py starts it.
+
+    python tests/kernels/hopper_mutants.py [--compile] [--trials] NAME ...
+
+prints a JSON object a line: {"at": name} before a mutant, {"name", "verdict"} after it; the verdict is what the gates
+say, "" where they pass. --trials: the names are of trials, which the shipped kernel runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from flashcore.core import target as targets
+from flashcore.core.config import Config
+from flashcore.core.target import H100
+from flashcore.launch import compiled, hopper, packet
+from flashcore.launch.arguments import Options, packed_problem_of, problem_of
+from flashcore.launch.binding import Binding
+from flashcore.testing import Guarded, Shape, check, lay_out, make
+from flashcore.testing.mutants import plant
+from flashcore.testing.mutants_hopper import KERNEL, MUTANTS, HopperMutant
+
+BOUNDS = (0, 40, 40, 150)  # of packed sequences
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One problem and one configuration; together they touch every line that a fault is planted in."""
+
+    shape: Shape = Shape(2, 4, 200, 64, heads_kv=2, seqlen_k=300)
+    family: str = "independent"
+    layouts: tuple[str, str, str] = ("contiguous",) * 3
+    out: str = "contiguous"
+    options: dict[str, Any] = field(default_factory=dict)
+    extra: str = ""  # a mask, lengths
+    schedule: str = ""
+
+
+TRIALS = {
+    "plain": Trial(),
+    "large logits": Trial(family="large_logits"),
+    "many keys": Trial(Shape(1, 2, 64, 64, seqlen_k=2048)),
+    "wide": Trial(options={"scale": 0.5}),
+    "negative scale": Trial(options={"scale": -0.3}),
+    "causal": Trial(options={"is_causal": True}),
+    "blind": Trial(Shape(1, 2, 200, 64, seqlen_k=70), options={"is_causal": True}),
+    "window": Trial(options={"window": (70, 10)}),
+    "soft cap": Trial(options={"softcap": 5.0}),
+    "bias": Trial(extra="bias"),
+    "mask": Trial(extra="mask"),
+    "lengths": Trial(extra="lengths"),
+    "packed": Trial(Shape(1, 4, 150, 64, heads_kv=2, seqlen_k=150), extra="packed"),
+    "persistent": Trial(Shape(40, 16, 128, 64, heads_kv=4, seqlen_k=192), schedule="persistent"),
+    "strides": Trial(layouts=("contiguous", "bshd", "contiguous"), out="bshd"),
+}
+
+
+class Prepared:
+    """A trial's tensors, its problem, and what it is judged by."""
+
+    def __init__(self, trial: Trial, device: str) -> None:
+        made = make(trial.family, trial.shape, seed=3, device=device)
+        self.inputs = [lay_out(t, layout) for t, layout in zip(made, trial.layouts, strict=True)]
+        q, k, v = self.inputs
+        self.trial, s = trial, trial.shape
+        self.guarded = Guarded(s.q, q.dtype, device, trial.out)
+        self.lse = torch.full(s.q[:3], float("nan"), device=device)
+        options = Options(return_lse=True, **trial.options)
+        generator = torch.Generator(device).manual_seed(5)
+        keys = s.k[2]
+        wide = torch.randn(s.batch, s.heads_q, s.seqlen_q, -(-keys // 8) * 8, generator=generator, device=device)
+        mask = {"bias": wide.half(), "mask": wide.repeat_interleave(2, -1)[..., : wide.shape[-1] // 8 * 16] > -0.5}
+        self.extra: dict[str, Any] = {}
+        if trial.extra in mask:
+            self.extra["attn_mask"] = mask[trial.extra][..., :keys]
+        elif trial.extra == "lengths":
+            self.extra["seqused_k"] = torch.tensor([130, 299], dtype=torch.int32, device=device)
+        self.scale = options.scale_for(s.head_dim)
+        self.tensors = dict(zip("qkv", self.inputs, strict=True)) | {"o": self.guarded.out, "lse": self.lse}
+        if trial.extra == "packed":
+            bounds = torch.tensor(BOUNDS, dtype=torch.int32, device=device)
+            flat = [t[0].transpose(0, 1) for t in (q, k, v, self.guarded.out)]
+            longest = max(b - a for a, b in zip(BOUNDS, BOUNDS[1:], strict=False))
+            self.problem = packed_problem_of(*flat, len(BOUNDS) - 1, longest, longest, options)
+            self.tensors |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+        else:
+            self.problem = problem_of(q, k, v, self.guarded.out, options, **self.extra)
+        names = {"attn_mask": "mask", "seqused_k": "seqused_k"}
+        self.tensors |= {names[name]: tensor for name, tensor in self.extra.items()}
+        self.config = Config("hopper", 64, 64, 4, 1, trial.schedule, 168)
+
+    def verdict(self) -> str:
+        given = {**self.trial.options, **self.extra}
+        if self.trial.extra != "packed":
+            found = check(self.guarded.out, *self.inputs, lse=self.lse, **given).failures
+        else:
+            parts = []
+            for a, b in zip(BOUNDS, BOUNDS[1:], strict=False):
+                out, *inputs, lse = (t[:, :, a:b] for t in (self.guarded.out, *self.inputs, self.lse))
+                parts.append(check(out, *inputs, lse=lse, **given).failures)
+            found = "; ".join(part for part in parts if part)
+        return found + ("" if self.guarded.intact() else "; written beside the output")
+
+
+def bound(mutant: HopperMutant | None, trial: Prepared, target: targets.Target) -> Binding:
+    arguments = (trial.problem, trial.config, trial.scale, target)
+    if mutant is None:
+        return hopper.bind(*arguments)
+    module = plant(mutant)
+    if mutant.file == KERNEL:
+        return replace(hopper.bind(*arguments), fn=module.attention_forward)
+    return module.bind(*arguments)
+
+
+def run(mutant: HopperMutant | None, name: str) -> str:
+    """What the gates say of a trial on the current GPU."""
+    device = torch.cuda.current_device()
+    target = targets.current(device)
+    trial = Prepared(TRIALS[name], "cuda")
+    launch = packet.load(bound(mutant, trial, target), device, target.arch)
+    addresses = [trial.tensors[n].data_ptr() for n in launch.tensors]
+    launch.launch(launch.fill(torch.cuda.current_stream().cuda_stream, *addresses))
+    torch.cuda.synchronize()
+    return trial.verdict()
+
+
+def compiles(mutant: HopperMutant | None, name: str) -> str:
+    """Why a mutant does not compile for sm_90, "" where it does."""
+    try:
+        compiled.compile_for(bound(mutant, Prepared(TRIALS[name], "cpu"), H100), 90)
+    except RuntimeError as error:
+        return str(error)[-500:] or "no message"
+    return ""
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--trials", action="store_true")
+    parser.add_argument("names", nargs="+")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in asked.names:
+        print(json.dumps({"at": name}), flush=True)
+        mutant = None if asked.trials else MUTANTS[name]
+        trial = name if mutant is None else mutant.trial
+        print(json.dumps({"name": name, "verdict": (compiles if asked.compile else run)(mutant, trial)}), flush=True)

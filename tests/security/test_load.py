@@ -1,0 +1,69 @@
+"""`flashcore audit bitwise` and `audit load` tried out on the CPU: what they count, and that their controls show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashcore.security import bitwise, load
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_bits_are_compared_as_bits() -> None:
+    nan = torch.tensor([float("nan"), 0.0]).half()
+    assert not bitwise.differ(bitwise.bits(nan), bitwise.bits(nan.clone()))
+    assert bitwise.differ(bitwise.bits(nan), bitwise.bits(torch.tensor([float("nan"), -0.0]).half()))
+
+
+def test_bitwise_by_processes(tmp_path: Path) -> None:
+    path = tmp_path / "bitwise.json"
+    arguments = ["--device", "cpu", "--problems", "4", "--repeats", "2", "--seconds", "60", "--longest", "16"]
+    assert bitwise.main([*arguments, "--json", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert sum(each["repeats"]["repeats"] for each in record["processes"]) == 8
+    assert record["processes"][0]["control"]["one_bit"] == 1
+    assert record["environment"]["gpu"] is None and all(row["passed"] for row in record["rows"])
+
+
+def test_a_repeat_that_differs_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = iter(range(1_000))
+
+    def unsteady(q: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return q + (next(calls) % 3 == 2)
+
+    monkeypatch.setattr(bitwise, "attention", unsteady)
+    monkeypatch.setattr(bitwise, "attention_varlen", unsteady)
+    found, wrong = bitwise.repeats(bitwise.seeds_of(0, 0), 2, 6, 60.0, "cpu", 16)
+    assert found["problems"] == 2 and found["differing"] > 0 and wrong
+
+
+def test_threads_and_their_controls() -> None:
+    work = load.Load("cpu", threads=3, lanes=2)
+    said = work.run(60.0, 3 * load.BLOCK * 2)
+    assert said.calls == 3 * load.BLOCK * 2 and not said.mismatches and not said.errors
+    work.problems[0].want.view(-1)[0] ^= 1
+    assert work.run(60.0, 3 * load.BLOCK * 4).mismatches >= load.BLOCK
+
+
+def test_an_error_in_a_thread_is_reported() -> None:
+    work = load.Load("cpu", threads=2, lanes=1)
+    work.problems[1].inputs = work.problems[1].inputs[:2]  # type: ignore[assignment]
+    assert work.run(60.0, 4 * load.BLOCK * 4).errors
+
+
+def test_what_memory_gained() -> None:
+    flat = [{"host": n} for n in (1, 5, 9, 8, 9, 8, 9, 8)]
+    rising = [{"host": n} for n in (1, 5, 9, 10, 11, 12, 13, 14)]
+    assert load.gained(flat, "host") <= 0 < load.gained(rising, "host")
+    assert load.host_bytes() > 1 << 20
