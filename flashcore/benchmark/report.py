@@ -3,9 +3,9 @@
     python -m flashcore.benchmark.report            writes
     python -m flashcore.benchmark.report --check    exit status 1 when a document differs from what would be written
 
-The reports in docs/validation/ are generated whole, and so is docs/support-matrix.md, from what the kernels say that they
-serve. In README.md and everywhere else in docs/ the text between `<!-- results:NAME -->` and `<!-- /results -->` is, by
-the function of that name in BLOCKS.
+The reports in docs/validation/ are generated whole, and so is docs/support-matrix.md, from what the kernels say that
+they serve. In README.md and everywhere else in docs/ the text between `<!-- results:NAME -->` and `<!-- /results -->`
+is, by the function of that name in BLOCKS.
 """
 
 from __future__ import annotations
