@@ -67,13 +67,13 @@ _PORTABLE_SM80_MASKED: _Tiles = {
     192: ((32, 32, 4, 2),),
     256: ((64, 32, 8, 2), (32, 32, 4, 2)),
 }
-# fp32 is multiplied by FFMA, whose operands and results are all in registers, and code grows with the tile. Here ptxas
-# spills some bytes where options come with head dimensions above 64.
+# fp32 is multiplied by FFMA, whose operands and results are all in registers, and code grows with the tile.
 _PORTABLE_FP32: _Tiles = {
     64: ((64, 32, 8, 2), (32, 32, 8, 2), (16, 32, 8, 2)),
-    256: ((32, 32, 8, 2), (16, 32, 8, 2)),
+    128: ((32, 16, 8, 2), (16, 16, 4, 2)),
+    256: ((16, 32, 8, 2),),
 }
-_PORTABLE_FP32_MASKED: _Tiles = {256: ((32, 32, 8, 2), (16, 32, 8, 2))}
+_PORTABLE_FP32_MASKED = _PORTABLE_FP32 | {64: _PORTABLE_FP32[64][1:]}
 
 
 _HEAD_DIMS = tuple(_PORTABLE_SM90)

@@ -67,8 +67,9 @@ def draw(kind: Random, detail: Random, longest: int = LONGEST) -> Call:
         "return_lse": kind.random() < 0.8,
         "out": kind.choice(("", "", "contiguous", "bshd", "padded")),
     }
-    if kind.random() < 0.5 and max(dim, dim_v) <= 128:  # several tiles from few keys; every GPU has these
-        options |= {"block_m": 32 if dtype == torch.float32 else 64, "block_n": 32}
+    fp32 = dtype == torch.float32
+    if kind.random() < 0.5 and max(dim, dim_v) <= (64 if fp32 else 128):  # several tiles of few keys, on every GPU
+        options |= {"block_m": 32 if fp32 else 64, "block_n": 32}
     if kind.random() < 0.35:
         options["softcap"] = detail.choice((0.5, 1.0, 5.0, 20.0, 30.0, 50.0))
     sign = kind.choice((1.0, 1.0, 1.0, -1.0))
