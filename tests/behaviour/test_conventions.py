@@ -34,7 +34,8 @@ def test_every_remainder_of_a_tile(route: Any, rows: int) -> None:
 @pytest.mark.parametrize("dim", [8, 16, 24, 40, 64, 72, 80, 96, 128, 136, 192, 248, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_head_dimensions(route: Any, dim: int, dtype: torch.dtype) -> None:
-    route.checked(*make("independent", Shape(1, 1, 19, dim, seqlen_k=45), dtype, seed=dim), block_n=32)
+    several_tiles = {} if dtype == torch.float32 else {"block_n": 32}  # fp32 has them by itself
+    route.checked(*make("independent", Shape(1, 1, 19, dim, seqlen_k=45), dtype, seed=dim), **several_tiles)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def calls(draw: st.DrawFn) -> tuple[Inputs, dict[str, Any], str]:
     options = {
         "is_causal": draw(st.booleans()),
         "scale": draw(st.sampled_from([None, None, 0.5, -0.2])),
-        "block_m": draw(st.sampled_from([None, 64])),
+        "block_m": draw(st.sampled_from([None, 16 if dtype == torch.float32 else 64])),
     }
     return inputs, options, draw(st.sampled_from(["none", "contiguous", "bshd", "padded"]))
 

@@ -441,7 +441,7 @@ def test_every_item_is_computed_once(item: Any, batch: int, heads: int, seqlen: 
 # -- what it refuses --------------------------------------------------------------------------------------------
 
 REFUSALS = [
-    ({"dtype": torch.float32}, "float16 and bfloat16, not float32"),
+    ({"dtype": torch.float32}, "float16, bfloat16, not float32"),
     ({"head_dim": 4}, "q and k is 4, not a multiple of 8 from 8 to 128"),
     ({"head_dim": 65}, "q and k is 65"),
     ({"head_dim": 136}, "q and k is 136"),
