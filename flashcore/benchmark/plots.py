@@ -296,9 +296,11 @@ def _around(figure: Figure, panel: Axes, record: Record) -> None:
 
 def save(record: Record, folder: Path) -> Path:
     """Draw a peers record, `file` among its fields, into the folder. Returns the PNG's path."""
-    path = folder / filename(record)
-    figure = draw(record)
+    return write(draw(record), folder / filename(record), record)
 
+
+def write(figure: Figure, path: Path, record: Record) -> Path:
+    """Write a figure drawn from a record, `file` among its fields, as PNG. Returns its path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
@@ -308,7 +310,7 @@ def save(record: Record, folder: Path) -> Path:
     image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
     source = PngInfo()
     source.add_text("Source", digest(record))
-    folder.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     palette = image.quantize(256, Image.Quantize.MAXCOVERAGE)  # a third of the bytes, and no difference to be seen
     palette.save(path, optimize=True, pnginfo=source)
     return path

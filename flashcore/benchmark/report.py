@@ -17,7 +17,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashcore.benchmark import peers_text, plots, reliability_text, results, support_text, validation_text
+from flashcore.benchmark import (
+    peers_text,
+    plots,
+    reliability_text,
+    results,
+    security_text,
+    support_text,
+    validation_text,
+)
 from flashcore.benchmark.shapes import Shape
 from flashcore.benchmark.terminal import us
 from flashcore.measure import machine
@@ -343,7 +351,10 @@ def _nine_row(case: Record) -> tuple[str, ...]:
     return Shape(**case["shape"]).label, ours, theirs, best or "-", _times(found.value if found else None)
 
 
-BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {"nine": nine}
+BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
+    "nine": nine, "audit_sass": security_text.audit_sass, "timing": security_text.timing,
+    "timing_batch": security_text.timing_batch,
+}  # fmt: skip
 
 
 def _block(name: str, folder: Path) -> str:

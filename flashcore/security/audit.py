@@ -1,7 +1,8 @@
 """`flashcore audit sass`: does anything that the kernels execute, or any address, depend on the data?
 
-Compiles every shipped variant and follows q, k and v through the machine code (taint.py says how). Needs no GPU. Each
-architecture's kernels are audited a second time with a branch on data planted in them, which must be found.
+Compiles every shipped variant and follows q, k, v and masks through the machine code (taint.py says how; which loads
+give lengths, provenance.py). Needs no GPU. Each architecture's kernels are audited again with branches on data planted
+in them, which must be found. `flashcore audit timing` is in timing.py.
 """
 
 from __future__ import annotations
@@ -21,13 +22,12 @@ from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 
-from flashcore.core.config import Config
-from flashcore.core.problem import Problem
-from flashcore.core.target import Target
+from flashcore.launch.binding import Binding
 from flashcore.launch.compile_check import TARGETS
 from flashcore.measure import machine
 from flashcore.security import sass, taint
 from flashcore.security.taint import Taint
+from flashcore.security.variants import Variant, variants
 
 UNSEEN = (
     "the variants that a problem's options select beyond those listed, and kernels that another compiler makes",
@@ -38,82 +38,55 @@ UNSEEN = (
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
-    """One kernel as it is compiled for one GPU."""
-
-    problem: Problem
-    config: Config
-    target: Target
-    control: bool = False  # with the branch on data planted
-
-    @property
-    def name(self) -> str:
-        p, c = self.problem, self.config
-        parts = [
-            f"sm_{self.target.arch}", c.kernel, c.schedule, str(p.dtype).removeprefix("torch."), f"D{p.head_dim}",
-            f"S{p.seqlen_k}", "causal" if p.is_causal else "", f"{c.block_m}x{c.block_n}", f"{c.num_warps}w",
-            f"{c.num_stages}s", f"r{c.maxnreg}" if c.maxnreg else "", "CONTROL" if self.control else "",
-        ]  # fmt: skip
-        return " ".join(part for part in parts if part)
-
-
-@dataclass(frozen=True, slots=True)
 class Audited:
     """What the audit says of one variant."""
 
     variant: Variant
     taint: Taint | None  # None where there is an error
     error: str  # "" when it compiled and could be read
+    undeclared: int = 0  # findings were the lengths secret, which a kernel that reads some must have
 
     @property
     def ok(self) -> bool:
         """A shipped variant without findings, or a control with one."""
-        return not self.error and self.taint is not None and bool(self.taint.findings) == self.variant.control
+        if self.error or self.taint is None:
+            return False
+        if self.variant.control:
+            return bool(self.taint.findings)
+        return not self.taint.findings and bool(self.undeclared) == self.variant.problem.ragged
 
     def as_json(self) -> dict[str, object]:
         """Plain data."""
         said = {"variant": self.variant.name, "control": self.variant.control, "ok": self.ok, "error": self.error}
-        return said | (asdict(self.taint) if self.taint else {})
-
-
-def variants(archs: Sequence[int], *, quick: bool = False) -> list[Variant]:
-    """Every shipped variant for these architectures, then a control for each of their kernels.
-
-    Args:
-        archs: compute capabilities, of compile_check's TARGETS.
-        quick: of each kernel, schedule and mask only the variant with the least code.
-    """
-    from flashcore.launch import select
-
-    found = [Variant(p, c, TARGETS[arch]) for arch in archs for p, c in select.shipped(TARGETS[arch])]
-    controls: dict[tuple[int, str], Variant] = {}
-    for v in found:
-        loops = v.problem.seqlen_k > v.config.block_n  # one tile alone rescales nothing
-        if loops and v.problem.head_dim == 64:
-            controls.setdefault((v.target.arch, v.config.kernel), Variant(v.problem, v.config, v.target, control=True))
-    if quick:
-        found.sort(key=lambda v: v.config.block_m * v.config.block_n * v.problem.head_dim, reverse=True)
-        kinds = {(v.target.arch, v.config.kernel, v.config.schedule, v.problem.is_causal): v for v in found}
-        found = sorted(kinds.values(), key=lambda v: v.target.arch)
-    return found + list(controls.values())
+        return said | (asdict(self.taint) | {"undeclared": self.undeclared} if self.taint else {})
 
 
 def audit(variant: Variant) -> Audited:
     """Compile a variant and analyse its machine code. What goes wrong on the way becomes the `error`."""
-    from flashcore.launch import compiled, launcher
-    from flashcore.security.controls import planted
+    from flashcore.launch import compiled
+    from flashcore.security import provenance
 
-    problem, config, target = variant.problem, variant.config, variant.target
     try:
-        binding = launcher.bind(problem, config, problem.head_dim**-0.5, target)
-        if variant.control:
-            binding = planted(binding, config.kernel)
-        code = sass.parse(sass.disassemble(compiled.compile_for(binding, target.arch).cubin))
-        found = taint.analyse(code)
+        binding = bound(variant)
+        machine_code = compiled.compile_for(binding, variant.target.arch)
+        code = sass.parse(sass.disassemble(machine_code.cubin))
+        found = taint.analyse(code, provenance.public_loads(code, provenance.parameters(binding, machine_code)))
+        undeclared = taint.analyse(code, paths=False).count() if variant.problem.ragged else 0
     except Exception as failure:  # a compiler may raise anything; what cannot be read is not clean
         first = next(iter(str(failure).strip().splitlines()), "no message")
         return Audited(variant, None, f"{type(failure).__name__}: {first}")
-    return Audited(variant, found, "" if found.products else "no tensor-core instruction: this is no attention kernel")
+    error = "" if found.products else "no tensor-core instruction: this is no attention kernel"
+    return Audited(variant, found, error, undeclared)
+
+
+def bound(variant: Variant) -> Binding:
+    """The kernel of a variant, with its control in it, bound to the problem."""
+    from flashcore.launch import launcher
+    from flashcore.security.controls import planted
+
+    scale = variant.problem.head_dim**-0.5
+    binding = launcher.bind(variant.problem, variant.config, -scale if variant.negative else scale, variant.target)
+    return planted(binding, variant.config.kernel, variant.control) if variant.control else binding
 
 
 def audit_all(work: Sequence[Variant], jobs: int | None = None) -> Iterator[Audited]:
@@ -144,6 +117,7 @@ COMMANDS: dict[str, tuple[str, str]] = {  # the other audits: name -> module, wh
     "load": ("flashcore.security.load", "threads and streams at once; does memory grow?"),
     "sanitize": ("flashcore.security.sanitize", "compute-sanitizer's four tools over every kernel and option"),
     "tables": ("flashcore.security.tables", "hostile tuning tables, and processes that start at once; needs no GPU"),
+    "timing": ("flashcore.security.timing", "the time of the kernels on this GPU"),
 }
 
 
@@ -169,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tools = toolchain()
     print("  ".join(f"{name} {version}" for name, version in tools.items()))
     work = variants(chosen.arch, quick=chosen.quick)
-    print(f"{'variant':66}{'instr':>7}{'branch':>7}{'memory':>7}{'guarded':>8} | tainted: branch address other")
+    columns = f"{'instr':>7}{'branch':>7}{'memory':>7}{'guarded':>8}{'lengths':>8}"
+    print(f"{columns} | tainted: branch address other | variant")
     results = []
     for each in audit_all(work, chosen.jobs):
         results.append(each)
@@ -178,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     controls = [r.ok for r in results if r.variant.control]
     print(f"\n{sum(shipped)} of {len(shipped)} shipped variants clean")
     print(f"{sum(controls)} of {len(controls)} controls caught")
+    ragged = [r.undeclared > 0 for r in results if r.variant.problem.ragged and not r.variant.control]
+    print(f"{sum(ragged)} of {len(ragged)} variants that read lengths would fail were lengths secret")
     print("It cannot see:", *UNSEEN, sep="\n  - ")
     if chosen.json:
         record = {
@@ -209,6 +186,9 @@ def summary(results: Sequence[Audited]) -> list[dict[str, object]]:
             "tainted_branches": sum(t.count("branch") for t in read),
             "tainted_addresses": sum(t.count("address") for t in read),
             "tainted_other": sum(t.count("predicate", "barrier", "uniform") for t in read),
+            "public_loads": sum(t.public_loads for t in read),
+            "reads_lengths": sum(r.variant.problem.ragged for r in shipped),
+            "undeclared": sum(r.undeclared > 0 for r in shipped),
             "controls": len(controls), "controls_caught": sum(r.ok for r in controls),
         })  # fmt: skip
     return rows
@@ -217,10 +197,11 @@ def summary(results: Sequence[Audited]) -> list[dict[str, object]]:
 def _row(each: Audited) -> str:
     t = each.taint
     if t is None:
-        return f"{each.variant.name:66}{each.error}"
+        return f"{each.variant.name}: {each.error}"
     branches, addresses = t.count("branch"), t.count("address")
-    counts = f"{t.instructions:7}{t.branches:7}{t.memory:7}{t.guarded:8} | {branches:15} {addresses:7} "
-    lines = [f"{each.variant.name:66}{counts}{len(t.findings) - branches - addresses:5} {each.error}".rstrip()]
+    counts = f"{t.instructions:7}{t.branches:7}{t.memory:7}{t.guarded:8}{t.public_loads:8}"
+    tainted = f"{branches:15} {addresses:7} {t.count() - branches - addresses:5}"
+    lines = [f"{counts} | {tainted} | {each.variant.name} {each.error}".rstrip()]
     if not each.variant.control:
         for finding in t.findings:
             lines.append(f"    {finding.kind}: {finding.offset:#06x} {finding.text}")

@@ -1,8 +1,12 @@
 """The controls of the audit: the shipped kernels with a branch on data planted in them.
 
-A rescale is skipped where no row's maximum moved by more than 8 in units of log2, as FlashAttention-4 does. Here the
-result would be wrong, since the factor is dropped with the multiplication; what counts is the branch. The audit must
-find it wherever it is compiled.
+- "rescale": skipped where no row's maximum moved by more than 8 in units of log2, as FlashAttention-4 does. Here the
+  result would be wrong, since the factor is dropped with the multiplication; what counts is the branch.
+- "mask": a step that is taken only where a tile of the mask holds a number above 0, as block-sparse kernels do.
+- "length": a number of keys mixed with a number that is no length.
+- "pointer": a number of keys read from where the data may be.
+
+The audit must find each wherever it is compiled.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from flashcore.testing.mutants import Mutant, plant
 
 
 @dataclass(frozen=True, slots=True)
-class _Beside(Mutant):
+class Beside(Mutant):
     """A fault in a module that imports its neighbours, which the copy does not have."""
 
     def source(self) -> str:
@@ -24,30 +28,78 @@ class _Beside(Mutant):
         return Mutant.source(self).replace("from .", f"from flashcore.{package}.")
 
 
-CONTROLS: dict[str, Mutant] = {
-    "portable": Mutant(
-        "conditional rescale, portable",
-        "kernels/portable/attention.py",
-        "acc = multiply(weights, v_tile, acc * rescale[:, None], EMULATED)",
-        """if tl.min(rescale, 0) < 0.00390625:
+_PORTABLE = "kernels/portable/attention.py"
+_HOPPER = "kernels/hopper/attention.py"
+CONTROLS: dict[str, dict[str, Mutant]] = {
+    "portable": {
+        "rescale": Mutant(
+            "conditional rescale, portable",
+            _PORTABLE,
+            "acc = multiply(weights, v_tile, acc * rescale[:, None], EMULATED)",
+            """if tl.min(rescale, 0) < 0.00390625:
             acc = acc * rescale[:, None]
         acc = multiply(weights, v_tile, acc, EMULATED)""",
-    ),
-    "hopper": _Beside(
-        "conditional rescale, hopper",
-        "kernels/hopper/attention.py",
-        "acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, out_layout), assert_trivial=True)[:, None]",
-        """if gl.max(base - m, 0) > 8.0:
+        ),
+        "mask": Mutant(
+            "skipped mask, portable",
+            _PORTABLE,
+            "        bias = values.to(tl.float32)\n",
+            """        bias = values.to(tl.float32)
+        if tl.max(tl.max(bias, 1), 0) > 0:
+            scores = tl.math.exp2(scores)
+""",
+        ),
+        "length": Mutant(
+            "length of data, portable",
+            _PORTABLE,
+            "tl.load(seqused_k + batch)",
+            "tl.load(seqused_k + batch) + tl.load(q).to(tl.int32)",
+        ),
+        "pointer": Mutant(
+            "length from data, portable",
+            _PORTABLE,
+            "tl.load(seqused_k + batch)",
+            "tl.load(tl.where(batch > 1, seqused_k, q.to(tl.pointer_type(tl.int32), bitcast=True)) + batch)",
+        ),
+    },
+    "hopper": {
+        "rescale": Beside(
+            "conditional rescale, hopper",
+            _HOPPER,
+            "acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, out_layout), assert_trivial=True)[:, None]",
+            """if gl.max(base - m, 0) > 8.0:
             acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, out_layout), assert_trivial=True)[:, None]""",
-    ),
+        ),
+        "mask": Beside(
+            "skipped mask, hopper",
+            _HOPPER,
+            "                s = _apply_mask(s, mask, qk_scale if cap is None else 1.0)",
+            """                if gl.max(gl.max(mask.to(gl.float32), 1), 0) > 0:
+                    s = gl.exp2(s)
+                s = _apply_mask(s, mask, qk_scale if cap is None else 1.0)""",
+        ),
+        "length": Beside(
+            "length of data, hopper",
+            _HOPPER,
+            "seqlen_k = _used(seqused_k, batch, longest_k)",
+            "seqlen_k = gl.minimum(_used(seqused_k, batch, longest_k), gl.load(lse).to(gl.int32))",
+        ),
+        "pointer": Beside(
+            "length from data, hopper",
+            _HOPPER,
+            "seqlen_k = _used(seqused_k, batch, longest_k)",
+            """numbers = lse.to(gl.pointer_type(gl.int32), bitcast=True)
+        seqlen_k = _used(gl.where(batch > 1, seqused_k, numbers), batch, longest_k)""",
+        ),
+    },
 }
 
 
-def planted(binding: Binding, kernel: str) -> Binding:
-    """`binding` with the control of its kernel, by name, in place of the kernel."""
-    return replace(binding, fn=_module(kernel).attention_forward)
+def planted(binding: Binding, kernel: str, control: str) -> Binding:
+    """`binding` with a control of its kernel, both by name, in place of the kernel."""
+    return replace(binding, fn=_module(kernel, control).attention_forward)
 
 
 @cache
-def _module(kernel: str) -> ModuleType:
-    return plant(CONTROLS[kernel])
+def _module(kernel: str, control: str) -> ModuleType:
+    return plant(CONTROLS[kernel][control])

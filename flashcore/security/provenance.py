@@ -1,13 +1,13 @@
 """Which loads give public values: those through a pointer that the caller gave for lengths, and nothing else.
 
-Lengths (seqused_k, cu_seqlens_q, cu_seqlens_k) are public, q, k, v and masks are not. A register's provenance is the
-set of kernel parameters that its value may come from, followed from constant memory through every operand around
-every loop, guards or not. A load is public where its address comes from pointers to lengths, from numbers and thread
-indices, and from no other pointer, no constant of unknown meaning, no loaded value and no matrix product. So an
-address mixed from public and secret pointers is secret, and a page table's entry makes a secret of what it points to.
+Lengths (seqused_k, cu_seqlens_q, cu_seqlens_k) are public, q, k, v and masks are not. Where a register's value may
+come from is followed from constant memory, where a kernel's parameters are, as taint.py follows data. A load is public
+where its address comes from pointers to lengths, from numbers and thread indices, and from no other pointer, no
+constant of unknown meaning, no loaded value and no matrix product. So an address mixed from public and secret pointers
+is secret, and a page table's entry makes a secret of what it points to.
 
 Only loads from global memory into registers count: what passes shared memory is secret, whatever it was. A store that
-may go through a pointer to lengths makes every load secret.
+may go through a pointer to lengths, or may store one, makes every load secret.
 
 Assumed, not seen: that addresses stay within the tensor they point to (compute-sanitizer), and that nobody else writes
 data into the lengths' memory.
@@ -16,24 +16,30 @@ data into the lengths' memory.
 from __future__ import annotations
 
 import re
+import subprocess
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from pathlib import Path
 
 from flashcore.launch.binding import Binding, Scalar
 from flashcore.launch.compiled import Compiled
 from flashcore.launch.packet import Template, runtime
-from flashcore.security import sass
+from flashcore.security import sass, taint
 from flashcore.security.sass import Code, Instruction
 
 PUBLIC_TENSORS = ("seqused_k", "cu_seqlens_q", "cu_seqlens_k")
 
-_FIRST = {80: 0x160, 89: 0x160, 90: 0x210}  # where parameters begin in constant bank 0
-_CONSTANT = re.compile(r"c\[([^\]]*)\]\[([^\]]*)\]")
-# Below the parameters, in bank 0: the sizes of block and grid (32-bit numbers), and on sm_90 the descriptor of global
-# memory that every access names.
+# c[bank][offset], and cx[register][offset], whose bank a register holds; not the desc[...][...] of an access.
+_CONSTANT = re.compile(r"\bcx?\[([^\]]*)\]\[([^\]]*)\]")
+# Below the parameters, in bank 0: the sizes of block and grid (32-bit numbers), and the descriptor of global memory
+# that every access names (on sm_80 and sm_89 not in its text).
 _NUMBERS = range(0x00, 0x18)
-_DESCRIPTOR = {90: range(0x208, 0x210)}
+_DESCRIPTOR = {80: range(0x118, 0x120), 89: range(0x118, 0x120), 90: range(0x208, 0x210)}
+_INTO_SHARED = frozenset({"LDGSTS", "UTMALDG"})  # copies, which may read lengths: they come out as secrets
+# What ptxas writes in the cubin's header of a kernel, as cuobjdump prints it.
+_BANK = re.compile(r"EIATTR_PARAM_CBANK\s+Format:\s+\S+\s+Value:\s+0x[0-9a-f]+ 0x([0-9a-f]+)")
+_PARAMETER = re.compile(r"Ordinal : 0x([0-9a-f]+)\s+Offset\s+: 0x([0-9a-f]+)\s+Size\s+: 0x([0-9a-f]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +51,47 @@ class Parameters:
 
 
 def parameters(binding: Binding, compiled: Compiled) -> Parameters:
-    """The layout of a kernel's parameters, as it is launched with them."""
-    template = Template(binding, compiled)
-    first = _FIRST[compiled.arch]
-    tensors = [a.tensor for a in runtime(binding) if not isinstance(a, Scalar)]
-    slots = [offset for offset, _ in template.slots]
-    lengths = [range(first + at, first + at + 8) for name, at in zip(tensors, slots, strict=True)
-               if name in PUBLIC_TENSORS]  # fmt: skip
-    scratch = template.offsets[-2:]  # pointers too, though null
-    numbers = [
-        range(first + at, first + at + size)
-        for at, size in zip(template.offsets, template.sizes, strict=True)
-        if at not in slots and at not in scratch
-    ]
-    return Parameters(tuple(lengths), (*numbers, _NUMBERS, _DESCRIPTOR.get(compiled.arch, range(0))))
+    """Where a kernel finds what it is launched with.
+
+    Raises:
+        ValueError: the machine code's header lists other parameters than the launch passes.
+    """
+    return _parameters(binding, Template(binding, compiled), compiled.arch, header(compiled.cubin))
+
+
+def _parameters(binding: Binding, template: Template, arch: int, listed: list[range]) -> Parameters:
+    sizes = [len(place) for place in listed]
+    if sizes != template.sizes:
+        raise ValueError(f"the kernel has parameters of {sizes} bytes, its launch passes {template.sizes}")
+    at = dict(zip(template.offsets, listed, strict=True))
+    names = [a.tensor for a in runtime(binding) if not isinstance(a, Scalar)]
+    tensors = [at[offset] for offset, _ in template.slots]
+    lengths = tuple(place for name, place in zip(names, tensors, strict=True) if name in PUBLIC_TENSORS)
+    pointers = [*tensors, *listed[-2:]]  # Triton's scratch last, though null
+    numbers = (place for place in listed if place not in pointers)
+    return Parameters(lengths, (*numbers, _NUMBERS, _DESCRIPTOR[arch]))
+
+
+def header(cubin: bytes) -> list[range]:
+    """A kernel's parameters, in order, as byte ranges of constant bank 0: what the cubin says of itself.
+
+    They don't always begin where the bank's parameters do: in front of a TMA descriptor there may be a gap.
+
+    Raises:
+        ValueError: the cubin doesn't say, or says it of several kernels.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        said = subprocess.run([sass.tool("cuobjdump"), "-elf", file], check=True, capture_output=True, text=True).stdout
+    banks = _BANK.findall(said)
+    if len(banks) != 1:
+        raise ValueError(f"the cubin names {len(banks)} places of parameters")
+    first = int(banks[0], 16) & 0xFFFF  # below its upper half, the size of them all
+    found = sorted(tuple(int(number, 16) for number in each) for each in _PARAMETER.findall(said))
+    if [ordinal for ordinal, _, _ in found] != [*range(len(found))]:
+        raise ValueError(f"the cubin lists parameters {[ordinal for ordinal, _, _ in found]}")
+    return [range(first + offset, first + offset + size) for _, offset, size in found]
 
 
 def public_loads(code: Code, where: Parameters) -> frozenset[int]:
@@ -66,52 +99,25 @@ def public_loads(code: Code, where: Parameters) -> frozenset[int]:
     if not where.lengths:
         return frozenset()
     origins = [_constants(each, where) for each in code.instructions]
-    before = _fixpoint(code, origins)
+    loads = frozenset(
+        i for i, each in enumerate(code.instructions) if each.opcode in sass.LOADS or each.opcode in sass.PRODUCTS
+    )
+    lengths = frozenset(i for i, (from_lengths, _) in enumerate(origins) if from_lengths)
+    others = frozenset(i for i, (_, from_others) in enumerate(origins) if from_others)
+    of_lengths = taint.reached_by(code, lengths, fresh=loads)  # no pointer to lengths is ever stored, see below
+    of_others = taint.reached_by(code, others | loads)
     found: list[int] = []
     for i, each in enumerate(code.instructions):
-        state = before[i]
-        if state is None or not each.addresses:
+        from_lengths, from_others = of_lengths[i], of_others[i]
+        if from_lengths is None or from_others is None:
             continue
-        from_lengths, from_others = (bool(each.addresses & registers) for registers in state)
-        if each.opcode in sass.STORES or each.opcode.startswith("ATOM"):
-            if from_lengths:
-                return frozenset()
-        elif each.opcode == "LDG" and from_lengths and not from_others and not any(origins[i]):
+        writes = each.opcode in sass.STORES - _INTO_SHARED or each.opcode.startswith("ATOM")
+        if writes and each.uses & from_lengths:
+            return frozenset()
+        of_lengths_alone = each.addresses & from_lengths and not each.addresses & from_others
+        if each.opcode == "LDG" and of_lengths_alone and not any(origins[i]):
             found.append(i)
     return frozenset(found)
-
-
-State = tuple[int, int]  # registers that may come from a pointer to lengths, and from anything else that is no number
-
-
-def _fixpoint(code: Code, origins: list[tuple[bool, bool]]) -> list[State | None]:
-    before: list[State | None] = [None] * len(code.instructions)
-    before[0] = (0, 0)
-    todo, waiting = [0], {0}
-    while todo:
-        i = heappop(todo)
-        waiting.discard(i)
-        after = _after(code.instructions[i], before[i] or (0, 0), origins[i])
-        for j in code.successors[i]:
-            known = before[j]
-            merged = after if known is None else (known[0] | after[0], known[1] | after[1])
-            if merged != known:
-                before[j] = merged
-                if j not in waiting:
-                    waiting.add(j)
-                    heappush(todo, j)
-    return before
-
-
-def _after(each: Instruction, state: State, origin: tuple[bool, bool]) -> State:
-    if not each.defs:
-        return state
-    loaded = each.opcode in sass.LOADS or each.opcode in sass.PRODUCTS
-    lengths, others = (
-        registers & ~each.kills | (each.defs if own or each.uses & registers else 0)
-        for registers, own in zip(state, (origin[0], origin[1] or loaded), strict=True)
-    )
-    return lengths, others
 
 
 def _constants(each: Instruction, where: Parameters) -> tuple[bool, bool]:
@@ -132,7 +138,8 @@ def _read(each: Instruction, offset: str) -> range | None:
     if not re.fullmatch(r"0x[0-9a-f]+", offset):
         return None
     modifiers = re.split(r"\s", each.text.split(each.opcode, 1)[1], maxsplit=1)[0].split(".")
-    size = 16 if "128" in modifiers else 8 if {"64", "WIDE"} & {*modifiers} else 4
+    wide = {"64", "WIDE"} & {*modifiers} or (each.opcode in ("IMAD", "UIMAD") and "HI" in modifiers)
+    size = 16 if "128" in modifiers else 8 if wide else 4
     return range(int(offset, 16), int(offset, 16) + size)
 
 

@@ -14,15 +14,17 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-# A set of registers is an integer, one bit a register: R0.., P0.., UR0.., UP0.., B0.. (convergence barriers).
-_COUNTS = {"R": 256, "P": 16, "UR": 128, "UP": 16, "B": 16}
-_FIRST = {"R": 0, "P": 256, "UR": 272, "UP": 400, "B": 416}
-BITS = 432
+# A set of registers is an integer, one bit a register: R0.., P0.., UR0.., UP0.., B0.. (convergence barriers), and
+# where a compiler keeps what it has no register for: L0.., words of the thread's own stack, and K0.., the single bits
+# of registers in which predicates are packed, 32 for each such register.
+_COUNTS = {"R": 256, "P": 16, "UR": 128, "UP": 16, "B": 16, "L": 512, "K": 256}
+_FIRST = {"R": 0, "P": 256, "UR": 272, "UP": 400, "B": 416, "L": 432, "K": 944}
+BITS = 1200
+_STACK_POINTER = 1 << 1
 _REGISTER = re.compile(r"\b(UR|UP|R|P|B)(\d+)\b")
-UNIFORM = (((1 << 128) - 1) << _FIRST["UR"]) | (0xFFFF << _FIRST["UP"])
 PREDICATES = (0xFFFF << _FIRST["P"]) | (0xFFFF << _FIRST["UP"])
 BARRIER_REGISTERS = 0xFFFF << _FIRST["B"]
 
@@ -36,11 +38,13 @@ ARITHMETIC = _words("""
     BMOV BMSK BREV CS2R ELECT F2F F2FP F2I FADD FCHK FFMA FLO FMNMX FMUL FSEL FSET FSETP HADD2 HFMA2 HMNMX2 HMUL2 HSET2
     HSETP2 I2F I2FP I2I I2IP IABS IADD3 IDP IMAD IMNMX ISETP LEA LOP3 MOV MUFU NOP P2R PLOP3 POPC PRMT PSETP
     R2P R2UR REDUX S2R S2UR SEL SGXT SHF SHFL UFLO UIADD3 UIMAD UISETP ULEA ULOP3 UMOV UPLOP3 UPOPC UPRMT UPSETP
-    USEL USGXT USHF VIADD VIADDMNMX VIMNMX VOTE VOTEU
+    USEL USGXT USHF VHMNMX VIADD VIADDMNMX VIMNMX VIMNMX3 VOTE VOTEU
     """)
-LOADS = _words("ATOM ATOMG ATOMS LD LDG LDL LDS LDSM")  # results are data
+LOADS = _words("ATOM ATOMG ATOMS LD LDG LDS LDSM")  # results are data
+STACK = _words("LDL STL")  # of words whose place the text states, or else refused: as registers
 CONSTANTS = _words("LDC ULDC")  # kernel parameters
-STORES = _words("LDGSTS RED ST STG STL STS STSM UTMALDG UTMASTG")
+STORES = _words("LDGSTS RED ST STG STS STSM UTMALDG UTMASTG")
+GLOBAL = _words("ATOM ATOMG LD LDG LDGSTS RED ST STG")  # by the descriptor of global memory
 PRODUCTS = _words("HGMMA HMMA")
 BARRIERS = _words("""
     ACQBULK BAR CCTL DEPBAR ERRBAR FENCE LDGDEPBAR MEMBAR NANOSLEEP PREEXIT SYNCS UTMACMDFLUSH WARPGROUP
@@ -48,11 +52,16 @@ BARRIERS = _words("""
 BRANCHES = _words("BRA BREAK BRX BSSY BSYNC CALL EXIT JMP JMX KILL RET WARPSYNC YIELD")
 INDIRECT = _words("BRX JMX RET")
 _LEAVING = INDIRECT | _words("BRA EXIT JMP KILL")
-_KNOWN = ARITHMETIC | LOADS | CONSTANTS | STORES | PRODUCTS | BARRIERS | BRANCHES
+_KNOWN = ARITHMETIC | LOADS | STACK | CONSTANTS | STORES | PRODUCTS | BARRIERS | BRANCHES
 
 _PLAIN_PREDICATE = re.compile(r"U?P[T\d]\d*$")
 _SET_PREDICATES = _words("FSETP HSETP2 ISETP PLOP3 PSETP UISETP UPLOP3 UPSETP")
 _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
+# A bit set, bits cleared (or all but some kept), and bits tested, of one register.
+_SET = re.compile(r"LOP3\.LUT (R\d+), \1(?:\.reuse)?, 0x([0-9a-f]+), RZ, 0xfc, !PT$")
+_KEEP = re.compile(r"LOP3\.LUT (R\d+), \1(?:\.reuse)?, 0x([0-9a-f]+), RZ, 0xc0, !PT$")
+_TEST = re.compile(r"LOP3\.LUT P\d+, RZ, (R\d+)(?:\.reuse)?, 0x([0-9a-f]+), RZ, 0xc0, !PT$")
+_SLOT = re.compile(r"\[R1(?:\+0x([0-9a-f]+))?\]$")
 _LABEL = re.compile(r"^(\.L_\w+):")
 _TEXT = re.compile(r"^\s+(?:@(!?U?P[T\d]\d*)\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)\s*(.*)$")
 
@@ -115,7 +124,7 @@ def parse(text: str) -> Code:
 
     Raises:
         UnknownInstructionError: an instruction or an operand that is not known here.
-        ValueError: no kernel, more than one, or a branch to a label that is not there.
+        ValueError: no kernel, more than one, a branch to a label that is not there, or a stack that moves.
     """
     if len(re.findall(r"^\.text\.\S+:", text, re.MULTILINE)) > 1:
         raise ValueError("more than one function in the machine code")
@@ -128,7 +137,13 @@ def parse(text: str) -> Code:
             instructions.append(decode(found[2], int(found[1], 16)))
     if not instructions:
         raise ValueError("no instructions in the disassembly")
-    return Code(tuple(instructions), tuple(tuple(sorted(s)) for s in _successors(instructions, labels)))
+    if stack := [i for i, each in enumerate(instructions) if each.opcode in STACK]:
+        entered = min([stack[0], *labels.values()])  # what is in front runs once, before the stack is used
+        for each in instructions[entered:]:
+            if each.defs & _STACK_POINTER:
+                raise ValueError(f"{each.offset:#06x}: {each.text}: the stack moves while it is in use")
+    successors = tuple(tuple(sorted(s)) for s in _successors(instructions, labels))
+    return Code(tuple(_bitwise(instructions)), successors)
 
 
 def decode(text: str, offset: int = 0) -> Instruction:
@@ -149,6 +164,8 @@ def decode(text: str, offset: int = 0) -> Instruction:
     for i, operand in enumerate(operands):
         width = _width(opcode, modifiers, operands, i)
         registers = _registers(operand, width)
+        if operand.startswith("gdesc[") and i == 2:  # the first matrix is in registers, and its descriptor in none
+            registers &= ~_registers(operand, 2)
         if operand == "PR":  # those of the mask at the end
             registers = (int(operands[-1], 16) & 0x7F) << _FIRST["P"]
         if i < written:
@@ -157,12 +174,58 @@ def decode(text: str, offset: int = 0) -> Instruction:
             uses |= registers
         if "[" in operand:
             addresses |= registers
+    if opcode in STACK:
+        words = _stack_words(offset, text, modifiers, operands[opcode == "LDL"])
+        defs, uses = (defs, uses | words) if opcode == "LDL" else (words, uses)
     conditional = match[1] or any(_PLAIN_PREDICATE.match(o.lstrip("!")) for o in operands)
     return Instruction(
         offset, text.strip(), opcode, defs, 0 if match[1] else defs, uses | guard, addresses, guard,
         negated=(match[1] or "").startswith("!"), ends=opcode in _LEAVING and not conditional,
         label=target[1] if target else "",
     )  # fmt: skip
+
+
+def _bitwise(instructions: list[Instruction]) -> list[Instruction]:
+    """The same with the registers that hold packed predicates taken apart into bits.
+
+    Where there are more predicates than registers for them, one of data shares a register with one of a bound.
+    """
+    packed = dict.fromkeys(found[1] for each in instructions if each.guard and (found := _SET.search(each.text)))
+    first = {name: _FIRST["K"] + 32 * n for n, name in enumerate([*packed][: _COUNTS["K"] // 32])}
+    return [_in_bits(each, first) for each in instructions] if first else instructions
+
+
+def _in_bits(each: Instruction, first: dict[str, int]) -> Instruction:
+    """`each` with a register's 32 bits, which begin at `first`, for the register, or fewer where it says which."""
+
+    def bits(registers: int) -> int:
+        for name, place in first.items():
+            if registers & (whole := _registers(name)):
+                registers = registers & ~whole | 0xFFFFFFFF << place
+        return registers
+
+    for form in (_SET, _KEEP, _TEST):
+        found = form.search(each.text)
+        if found and found[1] in first:
+            named = int(found[2], 16)
+            chosen = (~named & 0xFFFFFFFF if form is _KEEP else named) << first[found[1]]
+            if form is _TEST:
+                return replace(each, uses=each.uses & ~_registers(found[1]) | chosen)
+            kills = 0 if each.guard else chosen
+            return replace(each, defs=chosen, kills=kills, uses=each.guard)
+    return replace(
+        each, defs=bits(each.defs), kills=bits(each.kills), uses=bits(each.uses), addresses=bits(each.addresses)
+    )  # fmt: skip
+
+
+def _stack_words(offset: int, text: str, modifiers: list[str], operand: str) -> int:
+    """The words that `operand` of LDL or STL stands for."""
+    place = _SLOT.match(operand)
+    size = 4 if "128" in modifiers else 2 if "64" in modifiers else 1
+    first, rest = divmod(int(place[1] or "0", 16), 4) if place else (0, 1)
+    if rest or {*modifiers} - {"64", "128", "LU"} or first + size > _COUNTS["L"]:
+        raise UnknownInstructionError(f"{offset:#06x}: {text}")
+    return ((1 << size) - 1) << (_FIRST["L"] + first)
 
 
 def _successors(instructions: list[Instruction], labels: dict[str, int]) -> list[set[int]]:
@@ -207,7 +270,7 @@ def _successors(instructions: list[Instruction], labels: dict[str, int]) -> list
 
 def _written(opcode: str, operands: list[str]) -> int:
     """How many of the operands, from the first on, are results."""
-    if opcode in STORES or opcode in BRANCHES - {"BSSY"} or opcode in BARRIERS - {"SYNCS"} or opcode == "NOP":
+    if opcode in STORES or opcode in BRANCHES - {"BSSY"} or opcode in BARRIERS - {"SYNCS"} or opcode in ("STL", "NOP"):
         return 0
     if opcode in _SET_PREDICATES or opcode in ("SHFL", "ELECT"):
         return 2
@@ -220,7 +283,7 @@ def _written(opcode: str, operands: list[str]) -> int:
     written = 1
     while written < len(operands) - 1 and _PLAIN_PREDICATE.match(operands[written]):  # carries of IADD3, IMAD, LEA
         written += 1
-    if written > 1 and opcode in LOADS | PRODUCTS | CONSTANTS:
+    if written > 1 and opcode in LOADS | PRODUCTS | CONSTANTS | STACK:
         raise UnknownInstructionError(f"{opcode} {', '.join(operands)}")
     return written
 
@@ -231,7 +294,7 @@ def _width(opcode: str, modifiers: list[str], operands: list[str], i: int) -> in
     if opcode in ("UTMALDG", "UTMASTG"):
         return 8 if i == 0 else 2  # address, barrier and up to five coordinates; the descriptor's address
     if operand.startswith("gdesc["):
-        return 4  # of both matrices, the first's unused where that one is in registers
+        return 4  # of both matrices
     if operand.startswith("desc[") or ".64" in operand:
         return 2
     if "[" in operand or _PLAIN_PREDICATE.match(operand.lstrip("!")):
@@ -248,7 +311,7 @@ def _width(opcode: str, modifiers: list[str], operands: list[str], i: int) -> in
         return widths[i]
     if opcode in ("LDSM", "STSM"):
         return {"4": 4, "2": 2}.get(modifiers[-1], 1)
-    if opcode in LOADS | CONSTANTS | STORES:
+    if opcode in LOADS | CONSTANTS | STORES | STACK:
         return 4 if "128" in modifiers else 2 if "64" in modifiers else 1
     if opcode == "CS2R":
         return 1 if "32" in modifiers else 2

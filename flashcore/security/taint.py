@@ -1,7 +1,7 @@
 """Which branches and addresses of a kernel depend on data: a fixpoint over its control flow.
 
-A register is tainted where data may have flowed into it. Data comes from memory (every load from global, shared or
-local memory) and from the tensor cores, and flows from an instruction's operands, its guard included, to its results.
+A register is tainted where data may have flowed into it. Data comes from memory (every load from global or shared
+memory) and from the tensor cores, and flows from an instruction's operands, its guard included, to its results.
 Public are the kernel's parameters (constant memory: pointers, strides, lengths, the scale), the indices of thread and
 block, immediates, the state of mbarriers, and what is loaded through a pointer to lengths (provenance.py).
 
@@ -11,8 +11,8 @@ What may not be tainted, one finding for each instruction:
 - "address": of memory, constants, descriptors and matrices;
 - "predicate": of an instruction that reads or writes memory or multiplies matrices;
 - "barrier": operands and guards of barriers, fences, mbarriers;
-- "uniform": a register that a warp shares. They hold addresses, descriptors and uniform branches' conditions, some of
-  which the text does not show, and are written under the assumption that the warp is together.
+- "uniform": the registers of the descriptor of global memory, which every access of it names on sm_80 and sm_89
+  though the text does not show which they are: of those that it was ever loaded into, some must be without data.
 
 Not a finding, and counted instead: arithmetic under a tainted guard, such as an exponential's two steps for very small
 arguments. It is issued either way and touches no memory. Whether the time it takes tells its guard is a question for
@@ -31,6 +31,7 @@ from flashcore.security.sass import Code, Instruction
 
 _BITS = sass.BITS
 _ALL = (1 << _BITS) - 1
+_DESCRIPTOR = re.compile(r"c\[0x0\]\[0x118\]")  # of global memory, on sm_80 and sm_89
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,15 +62,17 @@ class Taint:
         return sum(not kinds or finding.kind in kinds for finding in self.findings)
 
 
-def analyse(code: Code, public: frozenset[int] = frozenset()) -> Taint:
-    """Follow data through a kernel; `public` are the instructions that load nothing secret, by index."""
+def analyse(code: Code, public: frozenset[int] = frozenset(), *, paths: bool = True) -> Taint:
+    """Follow data through a kernel; `public` are the instructions that load nothing secret, by index.
+
+    Without `paths` no finding says how the data got there, which takes longer to find out than all the rest.
+    """
     sources = frozenset(
         i for i, each in enumerate(code.instructions)
         if i not in public and (each.opcode in sass.LOADS or each.opcode in sass.PRODUCTS)
     )  # fmt: skip
-    worlds = _Worlds(code, sources)
-    states = _fixpoint(code, worlds)
-    before = [None if s is None else worlds.running(s, i) for i, s in enumerate(states)]
+    before = reached_by(code, sources)
+    descriptors = {each.defs for each in code.instructions if _DESCRIPTOR.search(each.text)}
     findings = []
     branches = memory = products = guarded = reached = 0
     for i, each in enumerate(code.instructions):
@@ -81,12 +84,21 @@ def analyse(code: Code, public: frozenset[int] = frozenset()) -> Taint:
         memory += each.addresses != 0
         products += each.opcode in sass.PRODUCTS
         guarded += each.opcode in sass.ARITHMETIC and each.guard & tainted != 0
-        for kind, deciding in _sinks(each, tainted):
+        for kind, deciding in _sinks(each, descriptors if all(d & tainted for d in descriptors) else set()):
             if decisive := deciding & tainted:
-                path = _path(code, before, sources, i, decisive)
+                path = _path(code, before, sources, i, decisive) if paths else ()
                 findings.append(Finding(kind, each.offset, each.text, tuple(sass.names(decisive)), path))
                 break
     return Taint(reached, branches, memory, products, guarded, tuple(findings), len(public))
+
+
+def reached_by(code: Code, sources: frozenset[int], fresh: frozenset[int] = frozenset()) -> list[int | None]:
+    """For each instruction the registers that, where it runs, may hold what comes from the results of `sources`.
+
+    None for an instruction that nothing leads to. `fresh` are those whose results come from nothing that they read.
+    """
+    worlds = _Worlds(code, sources, fresh)
+    return [None if s is None else worlds.running(s, i) for i, s in enumerate(_fixpoint(code, worlds))]
 
 
 class _Worlds:
@@ -101,9 +113,10 @@ class _Worlds:
     where two assumptions hold is tainted in both worlds, so their intersection bounds it.
     """
 
-    def __init__(self, code: Code, sources: frozenset[int]) -> None:
+    def __init__(self, code: Code, sources: frozenset[int], fresh: frozenset[int]) -> None:
         self._code = code
         self._sources = sources
+        self._fresh = fresh
         self._guards = _guards(code)
         self._predicates = sorted({predicate for predicate, _ in self._guards if predicate})
         literals = [(predicate, negated) for predicate in self._predicates for negated in (False, True)]
@@ -126,7 +139,7 @@ class _Worlds:
         tainting = 0
         if i in self._sources:
             tainting = self._every
-        elif inputs:
+        elif inputs and i not in self._fresh:
             tainting = sum(1 << w * _BITS for w in range(self._count) if inputs & state >> w * _BITS)
         if predicate:
             if not each.guard & state:  # where it is skipped the old value stays, and being skipped tells nothing
@@ -214,17 +227,17 @@ def _fixpoint(code: Code, worlds: _Worlds) -> list[int | None]:
     return before
 
 
-def _sinks(each: Instruction, tainted: int) -> list[tuple[str, int]]:
+def _sinks(each: Instruction, descriptors: set[int]) -> list[tuple[str, int]]:
     """(kind, registers that must be public) of an instruction, the most telling first."""
     if each.opcode in sass.BRANCHES:
         return [("branch", each.uses)]
     if each.opcode in sass.BARRIERS:
         return [("barrier", each.uses)]
     found = [("address", each.addresses)]
-    if each.opcode in sass.LOADS | sass.STORES | sass.CONSTANTS | sass.PRODUCTS:
+    if each.opcode in sass.LOADS | sass.STORES | sass.STACK | sass.CONSTANTS | sass.PRODUCTS:
         found.append(("predicate", each.uses & sass.PREDICATES))
-    if each.uses & tainted and each.defs & sass.UNIFORM:
-        found.append(("uniform", each.uses))
+    if each.opcode in sass.GLOBAL and "desc[" not in each.text:
+        found.append(("uniform", sum(descriptors)))
     return found
 
 

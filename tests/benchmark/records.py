@@ -95,3 +95,30 @@ def peers(suite: str = "nine", shapes: list[Shape] = NINE, **changes: Any) -> di
         "ceilings": {"matmul_tflops": 700.0, "l2_copy_tb_s": 5.0, "hbm_copy_tb_s": 2.4, "empty_kernel_us": 1.1},
         "faults": [], "cases": cases, **changes,
     }  # fmt: skip
+
+
+def timing(**changes: Any) -> dict[str, Any]:
+    """A timing audit of one kernel: even but for one pair, a control that was caught, and a batch of 8."""
+
+    def entry(pair: str, clock: str = "cycles", relative: float = 0.0, **more: Any) -> dict[str, Any]:
+        t = 1.5 if not relative else 40.0
+        return {
+            "kernel": "hopper", "config": "64x128 4w", "clock": clock, "pair": pair,
+            "measurements": [1_000_100, 999_900], "mean": 12_345.6, "deviation": 300.0, "t": t, "largest_t": t,
+            "cropped_t": {"50": 1.0}, "difference": 0.1, "relative": relative, "relative_low": relative - 2e-4,
+            "relative_high": relative + 2e-4, "needed": 1234.5, "even": not relative, "gated": True,
+            "ok": not relative, **more,
+        }  # fmt: skip
+
+    return {
+        "kind": "audit-timing", "complete": True, "environment": environment(),
+        "protocol": {"t_limit": 4.5, "t_control": 10.0, "relative_limit": 1e-3, "confidence": 0.95},
+        "gpu_states": [{"sm_mhz": 1755, "held_back_by": ["software power cap"]}],
+        "cases": [
+            entry("fixed/random"), entry("rising/falling", relative=0.005),
+            entry("zeros/random", "wall", relative=-0.02, gated=False, ok=True),
+        ],
+        "controls": [entry("rising/falling", relative=0.2, control="rescale", ok=True)],
+        "batch": [entry("zeros/random", "wall", batch=8, public=False),
+                  entry("64/512 keys", "wall", relative=0.1, batch=8, public=True)], **changes,
+    }

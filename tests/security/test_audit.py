@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,42 +14,97 @@ from flashcore import cli
 from flashcore.launch import select
 from flashcore.launch.compile_check import TARGETS
 from flashcore.security import audit
-from flashcore.security.audit import Audited, Variant
+from flashcore.security.audit import Audited
+from flashcore.security.controls import CONTROLS
 from flashcore.security.taint import Taint
+from flashcore.security.variants import Variant, variants
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = [(80, "portable"), (89, "portable"), (90, "portable"), (90, "hopper")]
 
 
+@pytest.fixture(scope="module")
+def quick() -> list[Audited]:
+    return list(audit.audit_all(variants(list(TARGETS), quick=True)))
+
+
 @cache
-def quick() -> dict[tuple[int, str, bool], Variant]:
-    return {(v.target.arch, v.config.kernel, v.control): v for v in audit.variants(list(TARGETS), quick=True)}
+def one(control: str = "") -> Variant:
+    return next(v for v in variants([80], quick=True) if v.control == control)
 
 
 @pytest.mark.parametrize(("arch", "kernel"), KERNELS)
-def test_shipped_is_clean_and_its_control_is_caught(arch: int, kernel: str) -> None:
-    shipped = audit.audit(quick()[arch, kernel, False])
-    assert shipped.ok, (shipped.error, shipped.taint and shipped.taint.findings)
-    assert shipped.taint is not None
-    assert shipped.taint.branches and shipped.taint.memory and shipped.taint.products and shipped.taint.guarded
-    control = audit.audit(quick()[arch, kernel, True])
-    assert control.ok and control.taint is not None, control.error
-    assert control.taint.count("branch") >= 1
-    finding = next(f for f in control.taint.findings if f.kind == "branch")
-    assert "BRA" in finding.text and len(finding.path) > 2
+def test_shipped_is_clean_and_every_control_is_caught(quick: list[Audited], arch: int, kernel: str) -> None:
+    ours = [r for r in quick if (r.variant.target.arch, r.variant.config.kernel) == (arch, kernel)]
+    for shipped in (r for r in ours if not r.variant.control):
+        assert shipped.ok and shipped.taint, (shipped.variant.name, shipped.error, shipped.taint)
+        assert shipped.taint.branches and shipped.taint.memory and shipped.taint.products and shipped.taint.guarded
+        assert bool(shipped.taint.public_loads) == shipped.variant.problem.ragged
+    controls = {r.variant.control: r for r in ours if r.variant.control}
+    assert controls.keys() == CONTROLS[kernel].keys() == {"rescale", "mask", "length", "pointer"}
+    for control in controls.values():
+        assert control.ok and control.taint, (control.variant.name, control.error)
+    for name in ("rescale", "mask"):
+        seen = controls[name].taint
+        assert seen and seen.count("branch")
+        finding = next(f for f in seen.findings if f.kind == "branch")
+        assert "BRA" in finding.text and len(finding.path) > 2
 
 
-def test_all_that_is_shipped_is_audited_and_every_kernel_has_a_control() -> None:
+@pytest.mark.parametrize(("arch", "kernel"), KERNELS)
+def test_kernels_that_read_lengths_fail_where_lengths_are_secret(
+    quick: list[Audited], arch: int, kernel: str
+) -> None:
+    reading = [r for r in quick if r.variant.problem.ragged and r.variant.config.kernel == kernel
+               and r.variant.target.arch == arch and not r.variant.control]  # fmt: skip
+    assert {r.variant.problem.packed is not None for r in reading} == {False, True}
+    assert all(r.undeclared for r in reading)
+    silent = Audited(reading[0].variant, reading[0].taint, "", undeclared=0)
+    assert not silent.ok, "were it not for the lengths, nothing was seen"
+
+
+def test_all_that_is_shipped_is_audited_and_every_kernel_has_its_controls() -> None:
     for arch, target in TARGETS.items():
-        found = audit.variants([arch])
-        assert [(v.problem, v.config) for v in found if not v.control] == list(select.shipped(target))
-    assert {(v.target.arch, v.config.kernel) for v in audit.variants(list(TARGETS)) if v.control} == set(KERNELS)
+        found = [(v.problem, v.config) for v in variants([arch]) if not v.control]
+        assert found[: len(list(select.shipped(target)))] == list(select.shipped(target))
+    controls = {(v.target.arch, v.config.kernel, v.control) for v in variants(list(TARGETS)) if v.control}
+    assert controls == {(*kernel, control) for kernel in KERNELS for control in CONTROLS[kernel[1]]}
+
+
+@pytest.mark.parametrize(("arch", "kernel"), KERNELS)
+def test_every_flag_of_a_kernel_is_audited_on_and_off(arch: int, kernel: str) -> None:
+    names: dict[str, set[object]] = {}
+    for v in variants([arch]):
+        if v.config.kernel == kernel and not v.control:
+            binding = audit.bound(v)
+            for name in binding.fn.arg_names:
+                given = binding.constexprs.get(name, "passed")
+                names.setdefault(name, set()).add(given)
+    flags = {name for name, values in names.items() if values & {None, True, False} and name != "EMULATED"}
+    alone = {name for name in flags if len(names[name]) == 1}
+    expected = {"SPLIT"} if kernel == "portable" else set()  # chosen by the architecture
+    assert alone == expected, {name: names[name] for name in alone}
+    assert names["GROUP"] > {1}
+
+
+def test_every_combination_of_options_is_audited() -> None:
+    for arch, kernel in KERNELS:
+        ours = [v.problem for v in variants([arch]) if v.config.kernel == kernel and not v.control]
+        seen = {(*p.options, p.is_causal) for p in ours if p.head_dim == 64}
+        names = ("window", "softcap", "attn_mask", "seqused_k")
+        for chosen in product((False, True), repeat=4):
+            options = tuple(name for name, used in zip(names, chosen, strict=True) if used)
+            assert (*options, False) in seen
+            assert (*options, True) in seen or "window" in options
+        for softcap, window in product((False, True), repeat=2):
+            options = ("window",) * window + ("softcap",) * softcap + ("cu_seqlens",)
+            assert (*options, False) in seen
 
 
 def test_status_and_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clean = Taint(100, 3, 10, 4, 2, ())
-    shipped, control = (v for (arch, _, _), v in quick().items() if arch == 80)
-    outcomes = {False: clean, True: clean}
+    shipped, control = one(), one("rescale")
+    outcomes = {"": clean, "rescale": clean}
 
     def pretend(work: list[Variant], jobs: int | None) -> list[Audited]:
         return [Audited(v, outcomes[v.control], "") for v in work]
@@ -58,21 +114,21 @@ def test_status_and_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     assert audit.main(["sass"]) == 1, "a control that is missed is a failure"
     assert "0 of 1 controls caught" in capsys.readouterr().out
     real = audit.audit(control)
-    outcomes[True] = real.taint or clean
+    outcomes["rescale"] = real.taint or clean
     assert audit.main(["sass", "--json", str(tmp_path / "a.json")]) == 0
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["environment"].keys() >= {"triton", "ptxas", "nvdisasm", "source"}
     assert record["summary"][0] | {"clean": 1, "tainted_branches": 0, "controls_caught": 1} == record["summary"][0]
     printed = capsys.readouterr().out
     assert "ptxas" in printed and "cannot see" in printed
-    outcomes[False] = outcomes[True]
+    outcomes[""] = outcomes["rescale"]
     assert audit.main(["sass"]) == 1, "a shipped variant with a finding"
     assert "branch: 0x" in capsys.readouterr().out
 
 
 def test_what_cannot_be_compiled_or_read_is_not_clean(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit.sass, "disassemble", lambda cubin: ".text.k:\n        /*0000*/ FROB R1 ;\n")
-    seen = audit.audit(quick()[80, "portable", False])
+    seen = audit.audit(one())
     assert not seen.ok and "FROB" in seen.error
 
 
@@ -86,9 +142,10 @@ def test_another_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_what_exists_is_offered(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.COMMANDS["audit"][0] == "flashcore.security.audit"
     with pytest.raises(SystemExit) as ended:
-        audit.main(["timing"])
+        audit.main(["energy"])
     assert ended.value.code == 2
-    assert "sass" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "sass" in said and "timing" in said
 
 
 def test_the_document_cites_a_complete_and_clean_record() -> None:

@@ -46,8 +46,11 @@ def found(*lines: str) -> list[Finding]:
         ("barrier", ["BAR.SYNC.DEFER_BLOCKING R0"]),
         ("barrier", ["SYNCS.ARRIVE.TRANS64 RZ, [UR4+0x18000], R0"]),
         ("barrier", ["ISETP.NE.AND P0, PT, R0, RZ, PT", "@P0 SYNCS.ARRIVE.TRANS64 RZ, [UR4], R3"]),
-        ("uniform", ["R2UR UR4, R0"]),
-        ("uniform", ["FSETP.GT.AND P0, PT, R0, 8, PT", "VOTEU.ANY UP0, P0"]),
+        ("uniform", ["ULDC.64 UR4, c[0x0][0x118]", "R2UR UR5, R0", "LDG.E R8, [R20.64]"]),
+        ("address", ["R2UR UR4, R0", "LDS R1, [UR4]"]),
+        ("branch", ["FSETP.GT.AND P0, PT, R0, 8, PT", "VOTEU.ANY UP0, P0", "@UP0 BRA.U `(.L_x_0)", ".L_x_0:"]),
+        ("address", ["STL [R1+0x8], R0", "LDL.LU R4, [R1+0x8]", "LDS R2, [R4]"]),
+        ("predicate", ["STL [R1], R0", "ISETP.NE.AND P0, PT, R0, RZ, PT", "@P0 LDL R4, [R1]"]),
     ],
 )
 def test_sinks(kind: str, lines: list[str]) -> None:
@@ -61,7 +64,7 @@ def test_sinks(kind: str, lines: list[str]) -> None:
 @pytest.mark.parametrize(
     ("source", "register"),
     [
-        ("LDG.E.128 R0, [R20.64]", "R3"), ("LDSM.16.M88.4 R0, [R20]", "R3"), ("LDL R0, [R1]", "R0"),
+        ("LDG.E.128 R0, [R20.64]", "R3"), ("LDSM.16.M88.4 R0, [R20]", "R3"),
         ("HMMA.16816.F32 R0, R8, R12, R0", "R3"), ("HGMMA.64x64x16.F32 R24, gdesc[UR8], RZ, !UPT", "R55"),
     ],
 )  # fmt: skip
@@ -80,6 +83,73 @@ def test_data_flows_through_guards_carries_packed_predicates_and_lanes() -> None
     assert found(DATA, "R2P PR, R0, 0x9", "SEL R5, R6, R7, P3", use)
     assert found(DATA, "SHFL.BFLY PT, R5, R0, 0x1, 0x1f", use)
     assert found(DATA, "LOP3.LUT P2, R5, R0, 0x7, RZ, 0xc0, !PT", use)
+
+
+def test_a_matrix_in_registers_has_no_descriptor() -> None:
+    """What compilers leave in the place of its descriptor is whatever was there."""
+    both, second = "HGMMA.64x64x16.F32 R24, gdesc[UR4], R24", "HGMMA.64x64x16.F32 R88, R24, gdesc[UR4].tnspB, R88"
+    for register, expected in (("UR4", [both]), ("UR5", [both]), ("UR6", [both, second]), ("UR7", [both, second])):
+        for product in (both, second):
+            seen = [f.kind for f in found(DATA, f"R2UR {register}, R0", product)]
+            assert seen == (["address"] if product in expected else [])
+
+
+def test_one_register_pair_of_the_descriptor_without_data_is_enough() -> None:
+    data = [DATA, "ULDC.64 UR4, c[0x0][0x118]", "R2UR UR5, R0"]
+    assert not found(*data, "ULDC.64 UR8, c[0x0][0x118]", "LDG.E R8, [R20.64]")
+    assert not found(*data, "LDG.E R8, desc[UR6][R20.64]"), "named"
+    assert not found(*data, "LDS R8, [R20]"), "of shared memory"
+
+
+def test_words_of_the_stack_are_registers() -> None:
+    assert not found(DATA, "STL [R1+0x8], R0", "STL [R1+0x4], R30", "LDL R4, [R1+0x4]", "LDS R2, [R4]")
+    assert found(DATA, "STL.64 [R1+0x8], R0", "LDL R4, [R1+0x8]", "LDS R2, [R4]")
+    assert found("LDG.E.64 R0, [R20.64]", "STL.64 [R1+0x8], R0", "LDL R4, [R1+0xc]", "LDS R2, [R4]")
+    assert not found(DATA, "STL [R1+0x8], R0", "STL [R1+0x8], R30", "LDL R4, [R1+0x8]", "LDS R2, [R4]")
+    assert found(DATA, "STL [R1+0x8], R0", "@P0 STL [R1+0x8], R30", "LDL R4, [R1+0x8]", "LDS R2, [R4]")
+
+
+@pytest.mark.parametrize("line", ["LDL R0, [R2]", "STL.U8 [R1+0x1], R0", "STL [R1+0x800], R0", "LDL R0, [R1+R2]"])
+def test_a_stack_whose_words_are_not_stated_is_refused(line: str) -> None:
+    with pytest.raises(sass.UnknownInstructionError):
+        analyse(line)
+
+
+def test_a_stack_that_moves_is_refused() -> None:
+    assert not found("IADD3 R1, R1, -0x10, RZ", "STL [R1], R30", "LDL R4, [R1]")
+    for late in (["STL [R1], R30", "IADD3 R1, R1, -0x10, RZ"], [".L_x_0:", "LDG.E.64 R0, [R20.64]", "STL [R1], R30"]):
+        with pytest.raises(ValueError, match="the stack moves"):
+            analyse(*late)
+
+
+SET, BOUND = "@P0 LOP3.LUT R17, R17, 0x20, RZ, 0xfc, !PT", "@P1 LOP3.LUT R17, R17, 0x40, RZ, 0xfc, !PT"
+COMPARE = "FSETP.GT.AND P0, PT, R0, 8, PT"
+
+
+@pytest.mark.parametrize(
+    ("tested", "clean"),
+    [
+        (["LOP3.LUT P2, RZ, R17, 0x40, RZ, 0xc0, !PT"], True),
+        (["LOP3.LUT P2, RZ, R17.reuse, 0x20, RZ, 0xc0, !PT"], False),
+        (["LOP3.LUT P2, RZ, R17, 0x60, RZ, 0xc0, !PT"], False),
+        (["LOP3.LUT R17, R17, 0xffffffdf, RZ, 0xc0, !PT", "LOP3.LUT P2, RZ, R17, 0x20, RZ, 0xc0, !PT"], True),
+        (["LOP3.LUT R17, R17, 0xffffffbf, RZ, 0xc0, !PT", "LOP3.LUT P2, RZ, R17, 0x20, RZ, 0xc0, !PT"], False),
+        (["@P1 LOP3.LUT R17, R17, 0xffffffdf, RZ, 0xc0, !PT", "LOP3.LUT P2, RZ, R17, 0x20, RZ, 0xc0, !PT"], False),
+        (["LOP3.LUT R17, R17, R18, RZ, 0xc0, !PT", "LOP3.LUT P2, RZ, R17, 0x40, RZ, 0xc0, !PT"], False),
+        (["IADD3 R17, R17, 0x1, RZ", "LOP3.LUT P2, RZ, R17, 0x40, RZ, 0xc0, !PT"], False),
+        (["MOV R5, R17", "LOP3.LUT P2, RZ, R5, 0x40, RZ, 0xc0, !PT"], False),
+        (["MOV R17, R30", "LOP3.LUT P2, RZ, R17, 0x20, RZ, 0xc0, !PT"], True),
+        (["LOP3.LUT P2, RZ, R17, 0x40, RZ, 0x3c, !PT"], False),
+    ],
+)
+def test_packed_predicates_do_not_taint_each_other(tested: list[str], clean: bool) -> None:
+    findings = found("MOV R17, RZ", DATA, COMPARE, SET, BOUND, *tested, "@P2 EXIT")
+    assert (not findings) == clean
+
+
+def test_a_register_that_two_predicates_share_is_tainted_as_a_whole_elsewhere() -> None:
+    assert found(DATA, "MOV R17, R0", SET, "LOP3.LUT P2, RZ, R17, 0x40, RZ, 0xc0, !PT", "@P2 EXIT")
+    assert found("MOV R17, RZ", DATA, COMPARE, SET, "LDS R2, [R17]")
 
 
 def test_data_flows_around_a_loop() -> None:

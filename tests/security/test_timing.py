@@ -1,0 +1,237 @@
+"""`flashcore audit timing` with stand-ins for the GPU: what it draws, what it compares, what it calls a failure."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+pytest.importorskip("scipy")
+
+from flashcore.core.target import A100, H100, L4  # noqa: E402
+from flashcore.reference.oracle import attention  # noqa: E402
+from flashcore.security import audit, leakage, timing  # noqa: E402
+from flashcore.security.classes import PAIRS, Inputs, Sizes  # noqa: E402
+
+SMALL = Sizes(8, 4, 16, 64, 32)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+def shown(sizes: Sizes) -> Inputs:
+    half = torch.float16
+    return torch.zeros(sizes.query, dtype=half), torch.zeros(sizes.key, dtype=half), torch.zeros(sizes.key, dtype=half)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_classes_differ_in_values_alone(name: str) -> None:
+    zero, one = PAIRS[name](SMALL, generator())
+    for a, b, shape in zip(zero, one, (SMALL.query, SMALL.key, SMALL.key), strict=True):
+        assert a.shape == b.shape == shape and a.dtype == b.dtype == torch.float16
+    assert any(not torch.equal(a, b) for a, b in zip(zero, one, strict=True))
+    again = PAIRS[name](SMALL, generator())
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(zero, again[0], strict=True))
+
+
+def test_what_each_class_holds() -> None:
+    fixed, drawn = PAIRS["fixed/random"](SMALL, generator())
+    assert all((t == t[:1, :1]).all() for t in fixed) and not (drawn[0] == drawn[0][:1, :1]).all()
+    tiny, normal = PAIRS["subnormal/normal"](SMALL, generator())
+    assert all((t.abs() < 2.0**-14).all() and (t != 0).any() for t in tiny) and normal[0].abs().max() > 1
+    poisoned, finite = PAIRS["nan/finite"](SMALL, generator())
+    assert attention(*poisoned).isnan().all() and attention(*finite).isfinite().all()
+    assert all((t == 0).all() for t in PAIRS["zeros/random"](SMALL, generator())[0])
+
+
+def test_a_rising_maximum_rises_in_every_tile_and_a_falling_one_in_the_first_alone() -> None:
+    sizes = Sizes(2, 2, 16, timing.INSIDE.seqlen_k, timing.INSIDE.head_dim)
+    rising, falling = PAIRS["rising/falling"](sizes, generator())
+    for (q, k, _), expected in ((rising, True), (falling, False)):
+        scores = q.double() @ k.double().mT * sizes.head_dim**-0.5 * math.log2(math.e)
+        for tile in (64, 128):
+            maxima = scores.unflatten(-1, (-1, tile)).amax(-1).cummax(-1).values
+            steps = [b - a for a, b in pairwise(maxima.unbind(-1))]
+            assert all((step > 8).all() if expected else (step == 0).all() for step in steps)
+    assert torch.equal(rising[1].sort(2).values, falling[1].sort(2).values), "the same keys"
+    torch.testing.assert_close(attention(*rising), attention(*falling))
+
+
+def measured(slower: float, pair: str = "zeros/random") -> leakage.Leak:
+    """Of a stand-in whose blocks take `slower` times as long on zeros."""
+    many = Sizes(64, 16, 2, 8, 8)
+    inputs, noise = shown(many), generator()
+
+    def run() -> torch.Tensor:
+        is_zero = (inputs[1] == 0).flatten(2).all(2).flatten()
+        cycles = torch.randn(is_zero.shape, generator=noise) * 50 + 10_000
+        return (cycles * torch.where(is_zero, slower, 1.0)).long()
+
+    samples = timing.inside(run, inputs, PAIRS[pair], many, 20_000, generator())
+    assert samples.values.shape == samples.classes.shape
+    assert 0.49 < samples.classes.mean() < 0.51 and samples.classes.std(0).min() > 0, "drawn anew for each launch"
+    return leakage.compare(*samples)
+
+
+def test_blocks_are_compared_by_the_class_that_they_computed() -> None:
+    assert measured(1.0).even
+    slow = measured(1.002)
+    assert slow.t < -10 and not slow.even
+    assert -0.0023 < slow.difference / slow.mean < -0.0017, "class 1 minus class 0"
+    assert min(slow.measurements) > 19_000
+
+
+class Clock:
+    """A GPU whose replays take what `cost` says; as clocks.Device."""
+
+    def __init__(self, cost) -> None:
+        self.now, self._cost = 0.0, cost
+
+    def replay(self) -> None:
+        self.now += self._cost()
+
+    def event(self) -> Clock.Event:
+        return Clock.Event(self)
+
+    def synchronize(self) -> None: ...
+
+    def capture(self, calls): ...
+
+    class Event:
+        def __init__(self, clock: Clock) -> None:
+            self._clock, self.at = clock, 0.0
+
+        def record(self) -> None:
+            self.at = self._clock.now
+
+        def synchronize(self) -> None: ...
+
+        def elapsed_time(self, end) -> float:
+            return (end.at - self.at) / 1e3
+
+
+@pytest.mark.parametrize("slower", [1.0, 1.004])
+def test_wall_times_of_both_classes_in_random_order(slower: float) -> None:
+    noise, state = generator(), []
+    clock = Clock(lambda: (100 + float(torch.randn((), generator=noise))) * (slower if state[-1] else 1.0))
+    samples = timing.wall(state.append, clock.replay, 1000, generator(), clock, calls=1)
+    assert [sum(group) for group in samples.classes] == [timing.GROUP // 2] * 63
+    assert len({tuple(group) for group in samples.classes}) > 60
+    leak = leakage.compare(*samples)
+    assert leak.measurements == (1008, 1008)
+    assert (abs(leak.t) > leakage.T_LIMIT) == (slower > 1) and 99 < leak.mean < 101
+
+
+@pytest.mark.parametrize(("kernel", "target"), [("portable", A100), ("portable", L4), ("hopper", H100)])
+def test_each_item_gets_one_block_and_several_tiles(kernel, target) -> None:
+    config = timing.one_block_an_item(kernel, timing.problem_of(timing.INSIDE), target)
+    assert config and config.kernel == kernel and config.block_m == timing.INSIDE.seqlen_q
+    assert config.block_n <= timing.INSIDE.seqlen_k // 4 and config.schedule != "persistent"
+    assert timing.one_block_an_item("hopper", timing.problem_of(timing.INSIDE), A100) is None
+
+
+def entry(ok: bool = True, **more):
+    leak = leakage.compare([[100.0, 101.0, 102.0, 99.0]] * 8, [[True, False, True, False]] * 8)
+    said = {"kernel": "hopper", "config": "64x128 4w", "clock": "cycles", "pair": "nan/finite", "gated": True}
+    return said | leak.as_json() | {"ok": ok} | more
+
+
+def test_a_run_passes_only_whole_with_every_gate_and_every_control() -> None:
+    good = {"complete": True, "cases": [entry()], "controls": [entry(control="rescale")], "batch": []}
+    assert timing.passed(good)
+    for bad in ({"complete": False}, {"cases": [entry(), entry(ok=False)]}, {"controls": [entry(ok=False)]},
+                {"controls": []}):  # fmt: skip
+        assert not timing.passed(good | bad)
+
+
+def test_rows_say_what_they_are() -> None:
+    assert "even" in timing.row("cases", entry(even=True))
+    assert "DIFFERS" in timing.row("cases", entry(even=False))
+    assert "no gate" in timing.row("cases", entry(even=False, gated=False))
+    assert "MISSED" in timing.row("controls", entry(ok=False, control="rescale"))
+    assert "batch of 8" in timing.row("batch", entry(batch=8, even=True))
+
+
+def test_records_are_plain() -> None:
+    assert json.loads(json.dumps(entry()))["measurements"] == [16, 16]
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert audit.main(["timing"]) == 2
+    assert "there is none here" in capsys.readouterr().err
+
+
+class Stand:
+    """A kernel whose control is slower where the first key is smaller than the last, and whose batches take as long as
+    their keys."""
+
+    clock = None
+
+    def __init__(self, binding, target, sizes, **more) -> None:
+        self.inputs, self._more, self._binding = shown(sizes), more, binding
+        self._noise = generator()
+
+    def show(self, inputs: Inputs) -> None:
+        for place, given in zip(self.inputs, inputs, strict=True):
+            place[: given.shape[0]].copy_(given)
+
+    def __call__(self) -> None:
+        k = self.inputs[1].float()
+        if "cycles" in self._more:
+            cycles = self._more["cycles"]
+            slow = (k[:, :, 0, 0] < k[:, :, -1, 0] - 1).flatten() * ("rescale" in self._binding.fn.__module__)
+            cycles.copy_(10_000 + 10 * torch.randn(cycles.shape, generator=self._noise) + 200 * slow)
+
+
+class Device(Clock):
+    def __init__(self) -> None:
+        noise = generator()
+        super().__init__(lambda: 100 + float(torch.randn((), generator=noise)))
+
+    def capture(self, calls):
+        assert len(calls) == timing.CALLS
+        return self.replay
+
+
+def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    device = Device()
+    monkeypatch.setattr(timing, "DEVICE", "cpu")
+    monkeypatch.setattr(timing, "Kernel", Stand)
+    monkeypatch.setattr(timing.clocks, "Cuda", lambda: device)
+    monkeypatch.setattr(timing.targets, "current", lambda index: H100)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "REFRESH", 4)
+    small = Sizes(4, 4, 64, 512, 64)
+    for name, sizes in (("INSIDE", small), ("WHOLE", Sizes(2, 2, 64, 64, 64)), ("IN_BATCH", Sizes(2, 2, 64, 128, 64))):
+        monkeypatch.setattr(timing, name, sizes)
+    run = timing.Run(measurements=100, walls=100, seconds=600, seed=1)
+    record = json.loads(json.dumps(run.everything(batch=True)))
+    assert record["complete"] and record["kind"] == "audit-timing"
+    seen = [(each["clock"], each["kernel"], each["pair"]) for each in record["cases"]]
+    assert seen == [(c, k, p) for c in ("cycles", "wall") for k in ("hopper", "portable") for p in PAIRS]
+    assert [(each["kernel"], each["ok"]) for each in record["controls"]] == [("hopper", True), ("portable", True)]
+    assert [(each["batch"], each["public"]) for each in record["batch"]] == [
+        (size, name) for size in timing.BATCHES for name in (False, False, True)
+    ]
+    assert not next(e for e in record["cases"] if e["clock"] == "wall" and e["pair"] == "zeros/random")["gated"]
+    assert "caught" in capsys.readouterr().out
+    late = timing.Run(measurements=100, walls=64, seconds=0, seed=1)
+    with pytest.raises(TimeoutError):
+        late.everything(batch=False)
+    assert not late.record["complete"] and not timing.passed(late.record)
+
+
+@pytest.mark.gpu
+def test_a_quick_run_on_this_gpu_catches_its_controls(tmp_path) -> None:
+    file = tmp_path / "timing.json"
+    timing.main(["--measurements", "50000", "--no-batch", "--json", str(file)])
+    record = json.loads(file.read_text())
+    assert record["complete"] and record["controls"]
+    assert all(each["ok"] for each in record["controls"]), record["controls"]
+    assert {each["clock"] for each in record["cases"]} == {"cycles", "wall"}
