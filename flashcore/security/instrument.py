@@ -48,7 +48,7 @@ def _inserted(jit: str, barrier: str, first: str, parameters: str, begin: str, e
 _INSERTED = {
     "portable": _inserted(
         "triton.jit", "tl.debug_barrier()", "load_rows", "q, k, v, o, lse", "    fast, slow = tl.program_id(0),",
-        "    if lse is not None:\n        log_sum",
+        "    if lse is not None:\n",
     ),
     # behind gdc_wait, or the kernel in front would be timed too
     "hopper": _inserted(

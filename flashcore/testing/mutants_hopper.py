@@ -39,11 +39,12 @@ _FIRST = "batch, head // GROUP, first_k, length, longest_k, key, {0}_full, {0}_b
 _PLANTED = (
     # -- softmax
     _kernel("maximum of this tile alone", "new_m = gl.maximum(m, new_m)", "new_m = new_m", "large logits"),
-    _kernel("maximum not scaled", "new_m = gl.max(s, 1) * qk_scale", "new_m = gl.max(s, 1)"),
-    _kernel("rescale upside down", "alpha = gl.exp2(m - base)", "alpha = gl.exp2(base - m)"),
+    _kernel("maximum not scaled", "gl.max(s, 1) * qk_scale", "gl.max(s, 1)"),
+    _kernel("rescale upside down", "else m - base)", "else base - m)"),
+    _kernel("rescale beside a bias in base 2", "gl.exp2((m - base) * LOG2E if", "gl.exp2((m - base) if", "bias"),
     _kernel("sum not rescaled", f"l = l * {_ALPHA.format('sums')} + sums", "l = l + sums"),
     _kernel("accumulator not rescaled", f"acc = acc * {_ALPHA.format('out')}", "acc = acc"),
-    _kernel("base e for base 2", "p = gl.exp2(s * qk_scale", "p = gl.exp(s * qk_scale"),
+    _kernel("base e for base 2", "p = gl.exp2((s", "p = gl.exp((s"),
     # -- precision
     _kernel("weights with 8 bits", "p = gl.convert_layout(p.to(dtype), P",
             "p = gl.convert_layout(((p * 256.0 + 0.5).to(gl.int32).to(gl.float32) / 256.0).to(dtype), P"),
@@ -57,7 +58,7 @@ _PLANTED = (
     _kernel("sign of scale lost", "s = -s", "s = s", "negative scale"),
     _binding("scale counts as positive", '"NEGATE": scale < 0', '"NEGATE": False', "negative scale"),
     # -- lse
-    _kernel("lse in base 2", "m * LN2 + gl.log(total)", "m + gl.log(total)"),
+    _kernel("lse in base 2", "else m * LN2", "else m"),
     _kernel("lse of every batch in the first", "(batch.to(gl.int64) * heads + head)",
             "(batch.to(gl.int64) * 0 + head)"),
     _kernel("lse of the last row unwritten", "mask=rows < seqlen_q)", "mask=rows < seqlen_q - 1)"),
