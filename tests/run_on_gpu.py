@@ -3,7 +3,7 @@
     python tests/run_on_gpu.py [--shards 6] [--limit 540] [--json PATH] [pytest's own arguments]
 
 Most of a GPU test's time is the compiler's, on one core, so several processes share the GPU. What measures time has it
-to itself: tests/benchmark runs when all else is done. A process that passes the limit is interrupted, then killed; its
+to itself: such tests run when all else is done. A process that passes the limit is interrupted, then killed; its
 last lines of output, and the stack of a test that hangs, are in the record. Prints the record's summary; the exit
 status is 0 when every process ran to its end and no test failed.
 """
@@ -29,6 +29,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = "alone"  # the shard of the tests that measure
+MEASURING = ("tests/benchmark/", "tests/measure/", "tests/security/test_timing.py")
 UNFINISHED = "unfinished"  # the process ended in this test
 OUTCOMES = ("passed", "failed", UNFINISHED, "skipped")
 GRACE_S = 15  # between an interrupt, at which pytest prints where it was, and the kill
@@ -78,7 +79,7 @@ class Shard:
 def share(nodeids: list[str], shard: str) -> list[str]:
     """The tests of one shard. Every test is in just one, all parameters of a function in the same."""
     def measures(nodeid: str) -> bool:
-        return nodeid.startswith("tests/benchmark/")
+        return nodeid.startswith(MEASURING)
 
     if shard == ALONE:
         return list(filter(measures, nodeids))
@@ -192,6 +193,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--shards", type=int, default=6, help="processes at once (default 6)")
     parser.add_argument("--limit", type=float, default=540, help="seconds for everything together (default 540)")
+    parser.add_argument("--no-measuring", action="store_true", help="without the tests that measure")
     parser.add_argument("--json", type=Path, help="where to write (default results/gpu-tests-<gpu>-<date>.json)")
     parser.add_argument("--shard", help=argparse.SUPPRESS)
     parser.add_argument("--notes", type=Path, help=argparse.SUPPRESS)
@@ -204,13 +206,14 @@ def main() -> int:
 
     environment = machine.environment()
     ends = time.monotonic() + chosen.limit - GRACE_S
-    together_ends = ends - chosen.limit * FOR_ALONE
+    together_ends = ends - (0 if chosen.no_measuring else chosen.limit * FOR_ALONE)
     with tempfile.TemporaryDirectory() as folder:
         runs = [start(f"{i}/{chosen.shards}", Path(folder, str(i)), arguments) for i in range(chosen.shards)]
         for run in runs:
             finish(run, together_ends)
-        runs.append(start(ALONE, Path(folder, ALONE), arguments))
-        finish(runs[-1], ends)
+        if not chosen.no_measuring:
+            runs.append(start(ALONE, Path(folder, ALONE), arguments))
+            finish(runs[-1], ends)
         skipped = [test["message"] for run in runs for test in run.tests.values() if test["outcome"] == "skipped"]
         record = {
             "kind": "gpu-tests", "environment": environment,

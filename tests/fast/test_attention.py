@@ -135,7 +135,7 @@ WRONG = {
     "backend": (ValueError, "backend: expected one of .*, got 'cudnn'", lambda: attention(Q, K, V, backend="cudnn")),
     "window": (ValueError, "window: expected two ints", lambda: attention(Q, K, V, window=(1, 2, 3))),
     "window below": (ValueError, "window: expected two ints", lambda: attention(Q, K, V, window=(-2, 0))),
-    "softcap": (ValueError, "softcap: expected a finite number", lambda: attention(Q, K, V, softcap=-1.0)),
+    "softcap": (ValueError, "softcap: expected 0 or a finite number", lambda: attention(Q, K, V, softcap=-1.0)),
     "mask type": (TypeError, "attn_mask: expected a torch.Tensor", lambda: attention(Q, K, V, attn_mask=[True])),
     "mask dtype": (ValueError, "attn_mask: expected a bool", lambda: attention(Q, K, V, attn_mask=Q.int())),
     "mask shape": (ValueError, r"attn_mask: expected a shape that broadcasts to \[2, 4, 10, 10\]",

@@ -130,7 +130,7 @@ WRONG = {
     "max is a bool": (TypeError, "max_seqlen_k: expected an int, got True", changed(6, True)),
     "max below 0": (ValueError, "max_seqlen_k: expected an int of at least 0, got -1", changed(6, -1)),
     "window": (ValueError, "window: expected two ints", lambda: attention_varlen(*CALL, window=(1,))),
-    "softcap": (ValueError, "softcap: expected a finite", lambda: attention_varlen(*CALL, softcap=float("inf"))),
+    "softcap": (ValueError, "softcap: expected 0 or a finite", lambda: attention_varlen(*CALL, softcap=float("inf"))),
     "causal": (TypeError, "is_causal: expected a bool", lambda: attention_varlen(*CALL, is_causal=1)),
     "backend": (ValueError, "backend: expected one of", lambda: attention_varlen(*CALL, backend="cudnn")),
     "out shape": (ValueError, r"out: expected shape \[12, 4, 6\]", lambda: attention_varlen(*CALL, out=Q.clone())),
