@@ -124,8 +124,8 @@ def _layouts(target: Target) -> Iterator[Variant]:
     row_mask, far_mask = Mask(torch.bool, (_HEADS * _SEQLEN, _SEQLEN, 1, 0)), Mask(torch.float16, (0, 0, far, 1))
     problems = [
         replace(base, aligned=False), replace(base, stride_q=odd, stride_k=odd, stride_v=odd, stride_o=odd),
-        replace(base, heads_kv=_HEADS // 4, stride_k=few, stride_v=few), replace(base, mask=row_mask), replace(base, mask=far_mask),
-        replace(base, stride_k=(0, far, 16 * far), stride_v=(0, far, 16 * far)),
+        replace(base, heads_kv=_HEADS // 4, stride_k=few, stride_v=few), replace(base, mask=row_mask),
+        replace(base, mask=far_mask), replace(base, stride_k=(0, far, 16 * far), stride_v=(0, far, 16 * far)),
         replace(base, batch=70_000), replace(base, dtype=torch.bfloat16, seqused_k=True, mask=_MASKS["bool"]),
     ]  # fmt: skip
     for kernel in select.KERNELS:
