@@ -85,7 +85,7 @@ def row(problem: Problem, config: Config, us: float, machine: str, commit: str) 
 def nearest(problem: Problem, rows: Iterable[Row]) -> Row | None:
     """The row that speaks for `problem`, or None: of those with its mask, the one with the smallest product of the
     ratios of both lengths, heads and head dimension, none of them out of reach, and of UNEVEN where only one of the
-    two has keys that fill whole tiles. A row of the problem's dtype wins a tie, then the first.
+    two has keys that fill tiles of 64, or of 128. A row of the problem's dtype wins a tie, then the first.
     """
     best: tuple[tuple[float, bool], Row] | None = None
     for candidate in rows:
@@ -99,15 +99,16 @@ def nearest(problem: Problem, rows: Iterable[Row]) -> Row | None:
         )
         if max(ratios) > REACH or head_dim > REACH_HEAD_DIM:
             continue
-        uneven = 1.0 if _fills_tiles(candidate.seqlen_k) == _fills_tiles(problem.seqlen_k) else UNEVEN
+        uneven = 1.0 if _filled(candidate.seqlen_k) == _filled(problem.seqlen_k) else UNEVEN
         distance = (math.prod(ratios) * head_dim * uneven, DTYPES[candidate.dtype] != problem.dtype)
         if best is None or distance < best[0]:
             best = distance, candidate
     return best[1] if best else None
 
 
-def _fills_tiles(keys: int) -> bool:
-    return keys % 64 == 0
+def _filled(keys: int) -> int:
+    """The largest tile of keys that a kernel has and that so many fill."""
+    return next((tile for tile in (128, 64) if keys % tile == 0), 0)
 
 
 def _ratio(a: int, b: int) -> float:

@@ -230,8 +230,9 @@ def test_inference_mode_and_autocast():
             assert out.dtype == torch.bfloat16
             right(out, *(t.bfloat16() for t in full))
             assert attention(q, k, v).dtype == torch.float16
-    with pytest.raises(UnsupportedError, match="float32"):
-        attention(*full)
+    right(attention(*full), *full)
+    with pytest.raises(UnsupportedError, match="float64"):
+        attention(*(t.double() for t in full))
 
 
 def test_nothing_to_compute():

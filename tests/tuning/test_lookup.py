@@ -178,3 +178,9 @@ def test_a_length_that_fills_tiles_speaks_for_its_like() -> None:
     assert nearest(asked(seqlen_q=197, seqlen_k=197), (even, odd)) == odd
     assert nearest(asked(seqlen_q=192, seqlen_k=192), (even, odd)) == even
     assert nearest(asked(seqlen_q=197, seqlen_k=197), (even,)) == even
+
+
+def test_half_a_tile_of_128_is_like_other_halves() -> None:
+    whole, half = at(seqlen_q=256, seqlen_k=256), at(seqlen_q=320, seqlen_k=320, block_n=64)
+    for seqlen, speaks in ((384, whole), (448, half), (192, half)):
+        assert nearest(asked(seqlen_q=seqlen, seqlen_k=seqlen), (whole, half)) == speaks
