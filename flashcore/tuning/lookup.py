@@ -38,7 +38,10 @@ MANY_HEADS = 512
 # A row speaks for problems within these factors of its lengths and heads, and of its head dimension.
 REACH = 4.0
 REACH_HEAD_DIM = 1.5
-UNEVEN = 2.0  # keys past the end are hidden by code that costs registers: as far as another length
+# Keys past the end are hidden by code that costs registers, and tiles that hold some are work for nothing: as far as
+# another length. A tile of 128 keys can be so where one of 64 is not.
+UNEVEN = 4.0
+HALF = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,8 @@ def row(problem: Problem, config: Config, us: float, machine: str, commit: str) 
 def nearest(problem: Problem, rows: Iterable[Row]) -> Row | None:
     """The row that speaks for `problem`, or None: of those with its mask, the one with the smallest product of the
     ratios of both lengths, heads and head dimension, none of them out of reach, and of UNEVEN where only one of the
-    two has keys that fill tiles of 64, or of 128. A row of the problem's dtype wins a tie, then the first.
+    two has keys that fill tiles of 64, else HALF where only one has keys that fill tiles of 128. A row of the problem's
+    dtype wins a tie, then the first.
     """
     best: tuple[tuple[float, bool], Row] | None = None
     for candidate in rows:
@@ -99,16 +103,17 @@ def nearest(problem: Problem, rows: Iterable[Row]) -> Row | None:
         )
         if max(ratios) > REACH or head_dim > REACH_HEAD_DIM:
             continue
-        uneven = 1.0 if _filled(candidate.seqlen_k) == _filled(problem.seqlen_k) else UNEVEN
-        distance = (math.prod(ratios) * head_dim * uneven, DTYPES[candidate.dtype] != problem.dtype)
+        unlike = _unlike(candidate.seqlen_k, problem.seqlen_k)
+        distance = (math.prod(ratios) * head_dim * unlike, DTYPES[candidate.dtype] != problem.dtype)
         if best is None or distance < best[0]:
             best = distance, candidate
     return best[1] if best else None
 
 
-def _filled(keys: int) -> int:
-    """The largest tile of keys that a kernel has and that so many fill."""
-    return next((tile for tile in (128, 64) if keys % tile == 0), 0)
+def _unlike(keys: int, others: int) -> float:
+    if (keys % 64 == 0) != (others % 64 == 0):
+        return UNEVEN
+    return HALF if (keys % 128 == 0) != (others % 128 == 0) else 1.0
 
 
 def _ratio(a: int, b: int) -> float:
