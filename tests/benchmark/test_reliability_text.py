@@ -55,12 +55,14 @@ def test_a_claim_that_failed_is_shown_and_a_small_run_is_not(folder: Path) -> No
 
 def test_tests_and_timing_are_counted(folder: Path) -> None:
     tests = {"kind": "gpu-tests", "environment": records.environment(), "passed": 5, "failed": 1, "skipped": 0,
-             "unfinished": 0, "complete": True}  # fmt: skip
+             "unfinished": 0, "complete": True, "runs": [{"selected": 6}]}  # fmt: skip
     results.write(folder / "t.json", tests)
     timing = {"kind": "audit-timing", "environment": records.environment(), "complete": True,
               "cases": [{"gated": True, "ok": True}, {"gated": False, "ok": False}], "controls": [{"ok": True}]}
     results.write(folder / "u.json", timing)
     assert any("5 passed, 1 failed" in row and row.endswith("**no**") for row in text(folder))
+    results.write(folder / "t.json", {**tests, "failed": 0, "complete": False})
+    assert any("5 passed, 0 failed, 0 skipped, 1 cut off" in r and r.endswith("**no**") for r in text(folder))
     assert any("1 of 1 comparisons" in row and row.endswith("| yes") for row in text(folder))
 
 
