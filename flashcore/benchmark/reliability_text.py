@@ -43,7 +43,8 @@ def _said(record: Record) -> Iterator[Line]:
 
 def _gpu_tests(record: Record) -> Iterator[Line]:
     figure = f"{record['passed']:,} passed, {record['failed']} failed, {record['skipped']} skipped"
-    left = sum(run["selected"] for run in record["runs"]) - sum(record[each] for each in ("passed", "failed", "skipped"))
+    done = record["passed"] + record["failed"] + record["skipped"]
+    left = sum(run["selected"] for run in record["runs"]) - done
     if left:
         figure += f", {left} cut off by the time limit"
     yield Line(KINDS["gpu-tests"][0], figure, "", not record["failed"] and not left)

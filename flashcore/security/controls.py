@@ -11,22 +11,12 @@ The audit must find each wherever it is compiled.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 
 from flashcore.launch.binding import Binding
 from flashcore.testing.mutants import Mutant, plant
-
-
-@dataclass(frozen=True, slots=True)
-class Beside(Mutant):
-    """A fault in a module that imports its neighbours, which the copy does not have."""
-
-    def source(self) -> str:
-        package = self.file.rsplit("/", 1)[0].replace("/", ".")
-        return Mutant.source(self).replace("from .", f"from flashcore.{package}.")
-
 
 _PORTABLE = "kernels/portable/attention.py"
 _HOPPER = "kernels/hopper/attention.py"
@@ -63,14 +53,14 @@ CONTROLS: dict[str, dict[str, Mutant]] = {
         ),
     },
     "hopper": {
-        "rescale": Beside(
+        "rescale": Mutant(
             "conditional rescale, hopper",
             _HOPPER,
             "acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, out_layout), assert_trivial=True)[:, None]",
             """if gl.max(base - m, 0) > 8.0:
             acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, out_layout), assert_trivial=True)[:, None]""",
         ),
-        "mask": Beside(
+        "mask": Mutant(
             "skipped mask, hopper",
             _HOPPER,
             "                s = _apply_mask(s, mask, qk_scale if cap is None else 1.0)",
@@ -78,13 +68,13 @@ CONTROLS: dict[str, dict[str, Mutant]] = {
                     s = gl.exp2(s)
                 s = _apply_mask(s, mask, qk_scale if cap is None else 1.0)""",
         ),
-        "length": Beside(
+        "length": Mutant(
             "length of data, hopper",
             _HOPPER,
             "seqlen_k = _used(seqused_k, batch, longest_k)",
             "seqlen_k = gl.minimum(_used(seqused_k, batch, longest_k), gl.load(lse).to(gl.int32))",
         ),
-        "pointer": Beside(
+        "pointer": Mutant(
             "length from data, hopper",
             _HOPPER,
             "seqlen_k = _used(seqused_k, batch, longest_k)",

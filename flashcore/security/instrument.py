@@ -13,8 +13,8 @@ from functools import cache
 from types import ModuleType
 
 from flashcore.launch.binding import Binding, Pointer
-from flashcore.security.controls import CONTROLS, Beside
-from flashcore.testing.mutants import plant
+from flashcore.security.controls import CONTROLS
+from flashcore.testing.mutants import Mutant, plant
 
 CYCLES = "cycles"  # the parameter, int64 [blocks]
 
@@ -59,13 +59,13 @@ _INSERTED = {
 
 
 @dataclass(frozen=True, slots=True)
-class _Timed(Beside):
+class _Timed(Mutant):
     """A mutant with the clock reads in it as well; for none, its fragment stands for itself."""
 
     inserted: tuple[tuple[str, str], ...] = ()
 
     def source(self) -> str:
-        text = Beside.source(self)
+        text = Mutant.source(self)
         for old, new in self.inserted:
             if text.count(old) != 1:
                 raise ValueError(f"{self.name}: {text.count(old)} times in {self.file}: {old!r}")

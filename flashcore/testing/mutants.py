@@ -29,7 +29,7 @@ class Mutant:
     new: str
 
     def source(self) -> str:
-        """The file's text with the fault in it.
+        """The file's text with the fault in it; the copy's neighbours are where the shipped module's are.
 
         Raises:
             ValueError: the fragment is not there exactly once: the source has moved on, and the mutant has to follow.
@@ -37,7 +37,8 @@ class Mutant:
         text = (_PACKAGE / self.file).read_text()
         if text.count(self.old) != 1:
             raise ValueError(f"{self.name}: {text.count(self.old)} times in {self.file}: {self.old!r}")
-        return text.replace(self.old, self.new)
+        package = self.file.rsplit("/", 1)[0].replace("/", ".")
+        return text.replace(self.old, self.new).replace("from .", f"from flashcore.{package}.")
 
 
 def plant(mutant: Mutant) -> ModuleType:

@@ -19,11 +19,6 @@ class HopperMutant(Mutant):
 
     trial: str = "plain"
 
-    def source(self) -> str:
-        """As Mutant's; the copy's neighbours are where the shipped module's are."""
-        package = self.file.rsplit("/", 1)[0].replace("/", ".")
-        return Mutant.source(self).replace("from .", f"from flashcore.{package}.")
-
 
 def _kernel(name: str, old: str, new: str, trial: str = "plain") -> HopperMutant:
     return HopperMutant(name, KERNEL, old, new, trial)
