@@ -10,6 +10,8 @@ else
 PY := .venv/bin/python
 READY := .venv/.ready
 endif
+# Tests on a GPU take turns: several processes would share its memory and its time. `make gpu-test` knows which may.
+GPU = $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 TRITONS := $(TRITON_OLDEST:%=.venv-triton/%/.ready) $(TRITON_NEWEST:%=.venv-triton/%/.ready)
 
 .PHONY: help validate test gpu-test lint docs report clean
@@ -27,7 +29,7 @@ validate: $(READY)
 	$(PY) -m flashcore.benchmark.expert_validation --json
 
 test: $(READY) $(TRITONS)
-	$(PY) -m pytest
+	$(PY) -m pytest $(if $(GPU),,--numprocesses=auto)
 
 gpu-test: $(READY)
 	$(PY) tests/run_on_gpu.py
