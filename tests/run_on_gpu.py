@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import heapq
 import itertools
 import json
 import os
@@ -30,6 +31,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = "alone"  # the shard of the tests that measure
 MEASURING = ("tests/benchmark/", "tests/measure/", "tests/security/test_timing.py")
+# Seconds of a test, roughly, where they are far from the usual one: what shares are dealt by. The record's `slowest`
+# says where these are wrong.
+SECONDS = {
+    "tests/behaviour/test_problems.py": 20.0, "tests/behaviour/": 0.15, "tests/docs/": 8.0,
+    "tests/integrations/distributed/": 1.0, "tests/integrations/": 6.0, "tests/launch/test_ops.py": 4.0,
+    "tests/testing/": 0.2,
+}  # fmt: skip
+SLOWEST = 20  # tests named in the record
 UNFINISHED = "unfinished"  # the process ended in this test
 OUTCOMES = ("passed", "failed", UNFINISHED, "skipped")
 GRACE_S = 15  # between an interrupt, at which pytest prints where it was, and the kill
@@ -73,11 +82,14 @@ class Shard:
         elif report.skipped:
             self.note(test=report.nodeid, outcome="skipped", message=str(report.longrepr[-1]))
         elif report.when == "call":
-            self.note(test=report.nodeid, outcome="passed")
+            self.note(test=report.nodeid, outcome="passed", seconds=round(report.duration, 2))
 
 
 def share(nodeids: list[str], shard: str) -> list[str]:
-    """The tests of one shard. Every test is in just one, all parameters of a function in the same."""
+    """The tests of one shard; every test is in just one.
+
+    Parameters of one function stay together, as far as they fill no more than half of a shard: they share kernels.
+    """
     def measures(nodeid: str) -> bool:
         return nodeid.startswith(MEASURING)
 
@@ -87,10 +99,21 @@ def share(nodeids: list[str], shard: str) -> list[str]:
     functions: dict[str, list[str]] = defaultdict(list)
     for nodeid in itertools.filterfalse(measures, nodeids):
         functions[nodeid.split("[")[0]].append(nodeid)
-    dealt: list[list[str]] = [[] for _ in range(shards)]
-    for function in sorted(functions.values(), key=len, reverse=True):  # the longest first, each to the shortest
-        min(dealt, key=len).extend(function)
-    return dealt[index]
+    half = sum(map(seconds, itertools.chain(*functions.values()))) / shards / 2
+    parts = []
+    for function in functions.values():
+        size = max(1, int(half / seconds(function[0])))
+        parts += [function[first : first + size] for first in range(0, len(function), size)]
+    dealt = [(0.0, i, list[str]()) for i in range(shards)]
+    for part in sorted(parts, key=lambda part: sum(map(seconds, part)), reverse=True):  # the longest to the shortest
+        load, i, mine = heapq.heappop(dealt)
+        heapq.heappush(dealt, (load + sum(map(seconds, part)), i, [*mine, *part]))
+    return next(mine for _, i, mine in dealt if i == index)
+
+
+def seconds(nodeid: str) -> float:
+    """What a test takes, roughly."""
+    return next((found for prefix, found in SECONDS.items() if nodeid.startswith(prefix)), 1.0)
 
 
 def run_shard(shard: str, notes: Path, arguments: list[str]) -> int:
@@ -114,7 +137,7 @@ class Run:
     status: int | None = None
     seconds: float = 0.0
     selected: int = 0
-    tests: dict[str, dict[str, str]] = field(default_factory=dict)  # the last word on each that was started
+    tests: dict[str, dict[str, Any]] = field(default_factory=dict)  # the last word on each that was started
 
     @property
     def complete(self) -> bool:
@@ -123,7 +146,7 @@ class Run:
     def count(self, outcome: str) -> int:
         return sum(test["outcome"] == outcome for test in self.tests.values())
 
-    def failures(self) -> list[dict[str, str]]:
+    def failures(self) -> list[dict[str, Any]]:
         return [test for test in self.tests.values() if test["outcome"] in ("failed", UNFINISHED)]
 
     def record(self) -> dict[str, Any]:
@@ -214,6 +237,7 @@ def main() -> int:
         if not chosen.no_measuring:
             runs.append(start(ALONE, Path(folder, ALONE), arguments))
             finish(runs[-1], ends)
+        timed = [(test["seconds"], test["test"]) for run in runs for test in run.tests.values() if "seconds" in test]
         skipped = [test["message"] for run in runs for test in run.tests.values() if test["outcome"] == "skipped"]
         record = {
             "kind": "gpu-tests", "environment": environment,
@@ -223,6 +247,7 @@ def main() -> int:
             "runs": [run.record() for run in runs],
             "failures": [failure for run in runs for failure in run.failures()],
             "skipped_because": dict(Counter(skipped)),
+            "slowest": dict((test, took) for took, test in sorted(timed, reverse=True)[:SLOWEST]),
         }  # fmt: skip
     results.write(chosen.json or results.default_path("gpu-tests", environment), record)
     print(summary(record))
