@@ -382,6 +382,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ran = time.monotonic() - began
     counts = sum((shard.counts for shard in shards), Counter[str]())
     failures = [failure for shard in shards for failure in shard.failures]
+    for failure in failures:  # at once: to shrink them takes a while
+        print(f"seed {failure['seed']}, {failure['backend'] or 'chosen'}: {failure['wrong']}", flush=True)
     shown = [shrink(failure, options.device, options.longest) for failure in failures[:MOST_SHRUNK]]
     for failure in shown:
         print(f"  {failure['repro']}\n    {failure['wrong']}")
@@ -405,7 +407,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = record.parser("fuzz", "Random problems through every gate, in processes that may crash.")
     parser.add_argument("--problems", type=int, default=100_000 if on_gpu else 200, metavar="N", help="(%(default)s)")
     parser.add_argument("--shards", type=int, default=14 if on_gpu else 1, metavar="K", help="processes (%(default)s)")
-    parser.add_argument("--seconds", type=float, default=300.0, metavar="T", help="at most (%(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=300.0, metavar="T",
+        help="at most (%(default)s), but for what is under way then, and for making failures smaller",
+    )  # fmt: skip
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
     parser.add_argument("--only", type=int, metavar="SEED", help="run this problem alone, in this process")
     parser.add_argument("--backend", choices=("portable", "hopper"), help="with --only; chosen when left out")

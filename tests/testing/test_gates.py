@@ -210,7 +210,7 @@ def test_what_is_not_finite_belongs_where_it_is_read(family: str, is_causal: boo
         assert hidden.non_finite.value == (~want.isfinite()).sum()
 
 
-def test_zero_times_nan_is_excused_only_where_another_row_reads_the_key() -> None:
+def test_zero_times_nan_is_excused_for_keys_of_the_sequence_alone() -> None:
     q, k, v = make("independent", Shape(1, 1, 16, 8), torch.float16)
     v[0, 0, 10, 3] = math.nan
     want = attention(q, k, v, is_causal=True).half()
@@ -220,6 +220,13 @@ def test_zero_times_nan_is_excused_only_where_another_row_reads_the_key() -> Non
     assert check(tile, q, k, v, is_causal=True).excused == 10
     tile[0, 0, 9, 4] = math.nan  # another column has no part in it
     assert check(tile, q, k, v, is_causal=True).non_finite.value == 1
+
+    mask = torch.arange(16) != 10  # from every row
+    hidden = attention(q, k, v, attn_mask=mask).half()
+    hidden[0, 0, 2, 3] = math.nan
+    assert check(hidden, q, k, v, attn_mask=mask).passed
+    hidden[0, 0, 2, 4] = math.nan
+    assert check(hidden, q, k, v, attn_mask=mask).non_finite.value == 1
 
     padded = torch.tensor([10])
     want = attention(q, k, v, seqused_k=padded).half()
