@@ -1,8 +1,9 @@
 """Which kernel and tile compute a problem: a pure function of the problem, the GPU and the shipped tuning table.
 
 The allow-list below holds every configuration that FlashCore ever runs. Each was compiled for its architecture with
-no register spilled for plain problems; rows that are not 16-byte aligned, and on sm_80 and sm_89 packed sequences with
-a soft cap and lse, do spill some in the portable kernel. A tuning table and the caller's block sizes only point into it.
+no register spilled for plain problems; in the portable kernel rows that are not 16-byte aligned spill some, and on
+sm_80 and sm_89 packed sequences with a soft cap and lse. A tuning table and the caller's block sizes only point into
+the list.
 """
 
 from __future__ import annotations
