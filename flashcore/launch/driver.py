@@ -100,6 +100,14 @@ def set_context(context: int) -> None:
     _expect(library().cuCtxSetCurrent(context), "cuCtxSetCurrent")
 
 
+def enter(context: int) -> bool:
+    """Make this thread, where it has no context, work in `context`. Returns whether it had none."""
+    had_none = current_context() is None
+    if had_none:
+        set_context(context)
+    return had_none
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """A kernel in a device's memory. It stays there until the process ends."""

@@ -64,15 +64,23 @@ class Launch:
         self.call: Callable[..., int]
         self.fill: Callable[..., Packet]
         if self.template is not None:
-            self.call, self.fill = driver.library().cuLaunchKernelEx, template.fill
+            self.call, self.fill = driver.library().cuLaunchKernelEx, self._fill
         else:
             self.call, self.fill = _call_triton, partial(_fill_for_triton, binding, triton_side.runner(compiled))
+
+    def _fill(self, stream: int, *addresses: int) -> Packet:
+        assert self.template is not None
+        try:
+            return self.template.fill(stream, *addresses)
+        except driver.CudaError:  # a descriptor's address is looked up in the thread's context
+            if not driver.enter(self.loaded.context):
+                raise
+            return self.template.fill(stream, *addresses)
 
     def launch(self, packet: Packet) -> None:
         """Enqueue a packet of this launch, in a thread that may never have used CUDA before."""
         status = self.call(packet.config, self.function, packet.parameters, None)
-        if status == driver.INVALID_CONTEXT and driver.current_context() is None:
-            driver.set_context(self.loaded.context)
+        if status == driver.INVALID_CONTEXT and driver.enter(self.loaded.context):
             status = self.call(packet.config, self.function, packet.parameters, None)
         if status:
             driver.raise_for(status, "launching attention")

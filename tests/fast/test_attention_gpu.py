@@ -149,10 +149,13 @@ def test_a_new_problem_in_a_capture_works_where_its_kernel_is_loaded():
     right(out, q, k, v)
 
 
-def test_a_thread_that_never_called_cuda():
+@pytest.mark.parametrize("new_address", [False, True])
+def test_a_thread_that_never_called_cuda(new_address):
     q, k, v = qkv()
     out = torch.empty_like(q)
     attention(q, k, v, out=out)
+    if new_address:
+        out = torch.empty_like(q)
     out.fill_(float("nan"))
     torch.cuda.synchronize()
     wrong = []

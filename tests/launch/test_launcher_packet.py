@@ -96,6 +96,56 @@ def test_a_grid_that_cuda_refuses_is_refused_before():
         packet.Launch(binding, SimpleNamespace(), driver.Loaded(1, 2, 3, 4), None)
 
 
+class Driver:
+    """libcuda of a thread that has no context, or has one: a descriptor can be encoded in a context only."""
+
+    def __init__(self, context: int | None, encoded: int = 0) -> None:
+        self.context, self.encoded, self.asked = context, encoded, 0
+
+    def cuCtxGetCurrent(self, into):
+        into._obj.value = self.context
+        return 0
+
+    def cuCtxSetCurrent(self, context):
+        self.context = context
+        return 0
+
+    def cuTensorMapEncodeTiled(self, *_):
+        self.asked += 1
+        return self.encoded if self.context else driver.INVALID_CONTEXT
+
+    def cuGetErrorString(self, status, text):
+        return 1
+
+    def cuDriverGetVersion(self, into):
+        return 0
+
+    cuLaunchKernelEx = None
+
+
+@pytest.mark.parametrize(("context", "encoded", "raises"), [(None, 0, False), (7, 0, False), (None, 1, True), (7, 1, True)])
+def test_a_thread_without_a_context_can_encode_descriptors(monkeypatch, context, encoded, raises):
+    library = Driver(context, encoded)
+    monkeypatch.setattr(driver, "library", lambda: library)
+    driver._driver_version.cache_clear()
+    metadata = SimpleNamespace(
+        launch_pdl=False, launch_cooperative_grid=False, num_ctas=1, num_warps=4, shared=0,
+        tensordesc_meta=[{"swizzle": 3, "block_size": [2, 8]}],
+    )  # fmt: skip
+    made = compiled.Compiled(SimpleNamespace(metadata=metadata), 90)
+    tma = Tma("k", "fp16", (2, 8), (8, 1), (2, 8), None)
+    binding = Binding(SimpleNamespace(arg_names=["b"]), True, (1, 1, 1), {"b": tma}, {}, {})
+    sizes = [(0, size) for size in packet.Template(binding, made).sizes]
+    launch = packet.Launch(binding, made, driver.Loaded(1, 7, 3, 4), sizes)
+    if raises:
+        with pytest.raises(driver.CudaError, match="TMA descriptor"):
+            launch.fill(0, 4096)
+    else:
+        launch.fill(0, 4096)
+    assert library.context == 7
+    driver._driver_version.cache_clear()
+
+
 def test_the_driver_structures_have_the_sizes_of_cuda_h():
     assert ctypes.sizeof(driver.LaunchConfig) == 56
     assert driver.LaunchConfig.stream.offset == 32
