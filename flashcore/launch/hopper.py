@@ -13,6 +13,7 @@ from flashcore.core.problem import Mask, Problem, Strides
 from flashcore.core.target import Target
 from flashcore.kernels.hopper.attention import attention_forward
 from flashcore.launch.binding import Binding, Pointer, Scalar, Tma, length_pointers, score_scalars
+from flashcore.launch.select import tail
 
 _REGISTERS = 65_536  # of an SM
 _RESERVED = 1024  # bytes of shared memory that CUDA keeps for itself in every block
@@ -77,9 +78,10 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
     constexprs: dict[str, Any] = dict.fromkeys(name for name in _OPTIONAL if name not in args)
     constexprs |= {
         "GROUP": p.group, "CAUSAL": p.is_causal, "EVEN_N": p.seqlen_k % config.block_n == 0 and not p.ragged,
-        "SINGLE": p.seqlen_k <= config.block_n, "EMPTY_ROWS": _empty_rows(p),
+        "SINGLE": p.seqlen_k <= config.block_n, "TAIL": tail(p, config.block_n), "EMPTY_ROWS": _empty_rows(p),
         "NEGATE": scale < 0, "PERSISTENT": persistent, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-        "BLOCK_D": block_d, "BLOCK_DV": block_dv, "WARPS": config.num_warps,
+        **dict(zip(("D", "MORE_D"), columns(p.head_dim), strict=True)),
+        **dict(zip(("DV", "MORE_DV"), columns(p.head_dim_v), strict=True)), "WARPS": config.num_warps,
         "LATE": items > 2 * target.sms,
         "MASK_B": int(p.mask is not None and p.mask.strides[0] != 0),
         "MASK_H": int(p.mask is not None and p.mask.strides[1] != 0),
@@ -122,6 +124,15 @@ def _empty_rows(p: Problem) -> bool:
 def block_of(dim: int) -> int:
     """Columns of a tile that holds `dim` elements of a row: tiles are powers of two, wgmma takes 16 at a time."""
     return max(16, 1 << (dim - 1).bit_length())
+
+
+def columns(dim: int) -> tuple[int, int]:
+    """Columns that are multiplied, in two parts where that leaves out some of the box: a part is a power of two."""
+    whole = block_of(dim)
+    first, rest = whole // 2, dim - whole // 2
+    if first >= 64 and block_of(rest) < first:
+        return first, block_of(rest)
+    return whole, 0
 
 
 def smem(problem: Problem, config: Config) -> int:

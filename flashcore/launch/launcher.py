@@ -209,7 +209,7 @@ def prepare_packed(
     rows = (shape[1], shape[0]) if options.return_lse else None
     sequences = cu_seqlens_q.shape[0] - 1
     if 0 in shape or k.numel() == 0 or 0 in (sequences, max_seqlen_q, max_seqlen_k):
-        return _no_keys(shape, rows, q.dtype, q.device), None
+        return _no_keys(shape, rows, q.dtype, q.device, max_seqlen_q), None
     problem = packed_problem_of(q, k, v, out, sequences, max_seqlen_q, max_seqlen_k, options)
     kernel = _kernel(q.get_device(), problem, options, shape, rows)
 
@@ -372,15 +372,34 @@ def _runner(kernel: Kernel, again: Callable[..., Run]) -> Run:
 
 
 def _no_keys(
-    shape: tuple[int, ...], rows: tuple[int, ...] | None, dtype: torch.dtype, device: torch.device
+    shape: tuple[int, ...], rows: tuple[int, ...] | None, dtype: torch.dtype, device: torch.device,
+    longest: int | None = None,
 ) -> Run:
-    """Runs calls that read nothing: every row there is gives 0 and lse -inf."""
+    """Runs calls that read nothing: every row gives 0 and lse -inf; of packed sequences, of at most `longest` rows, every
+    row of a sequence does.
+    """
 
     def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, *extras: Tensor | None) -> Result:
-        o = torch.zeros(shape, dtype=dtype, device=device) if out is None else out.zero_()
+        if out is None:
+            o = torch.zeros(shape, dtype=dtype, device=device)
+        elif longest is None:
+            o = out.zero_()
+        else:
+            cu_seqlens_q: Any = extras[0]
+            o = out.masked_fill_(_rows_of_sequences(cu_seqlens_q, out.shape[0], longest)[:, None, None], 0)
         return o if rows is None else (o, torch.full(rows, -torch.inf, dtype=torch.float32, device=device))
 
     return run
+
+
+def _rows_of_sequences(cu_seqlens: Tensor, total: int, longest: int) -> Tensor:
+    """Which of `total` rows belong to a sequence, bool [total]: what the kernels make of any cu_seqlens, on its device."""
+    bounds = cu_seqlens.long()
+    first = bounds[:-1].clamp(0, total)
+    end = torch.minimum(torch.maximum(bounds[1:].clamp(max=total), first), first + longest)
+    edges = torch.zeros(total + 1, dtype=torch.int32, device=cu_seqlens.device)
+    one = torch.ones_like(first, dtype=torch.int32)
+    return edges.index_add_(0, first, one).index_add_(0, end, -one).cumsum(0)[:total] > 0
 
 
 def _reference(options: Options) -> Run:

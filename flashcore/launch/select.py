@@ -129,15 +129,21 @@ def padded(dim: int, aligned_rows: bool) -> int:
     return min(whole, first + rest)
 
 
-# (block_m, block_n, num_warps, registers a thread) by the padded head dimension: plain ones, and those for problems
-# that hide some scores or want the lse, which takes a few registers more. With 128 registers 16 warps share an SM,
-# with 168 12, with 255 8.
-_HOPPER: dict[int, tuple[tuple[_Tile, ...], tuple[_Tile, ...]]] = {
+# (block_m, block_n, num_warps, registers a thread) by the padded head dimension: plain ones, those for problems whose
+# last keys get a narrower tile of their own, and those for problems that hide some scores or want the lse, which takes
+# a few registers more. With 96 registers 20 warps share an SM, with 128 16, with 168 12, with 255 8.
+_HOPPER: dict[int, tuple[tuple[_Tile, ...], tuple[_Tile, ...], tuple[_Tile, ...]]] = {
     32: (((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128)),
+         ((64, 64, 4, 96), (64, 128, 4, 128)),
          ((64, 64, 4, 96), (64, 128, 4, 168))),
     64: (((64, 128, 4, 128), (128, 128, 8, 128), (64, 64, 4, 96), (64, 256, 4, 255)),
+         ((64, 64, 4, 96), (64, 128, 4, 168)),
          ((64, 64, 4, 128), (64, 128, 4, 168), (128, 64, 8, 128))),
+    96: (((64, 64, 4, 128), (64, 128, 4, 168)),
+         ((64, 64, 4, 128),),
+         ((64, 64, 4, 128), (64, 128, 4, 255))),
     128: (((64, 64, 4, 168), (64, 128, 4, 255), (128, 128, 8, 255), (64, 64, 4, 128)),
+          ((64, 64, 4, 168), (64, 128, 4, 255)),
           ((64, 64, 4, 168), (64, 128, 4, 255), (128, 128, 8, 255))),
 }  # fmt: skip
 # The same for problems with further options: for one alone that costs few registers, for one or two, for any number.
@@ -145,6 +151,7 @@ _HOPPER: dict[int, tuple[tuple[_Tile, ...], tuple[_Tile, ...]]] = {
 _HOPPER_OPTIONS: dict[int, tuple[tuple[_Tile, ...], tuple[_Tile, ...], tuple[_Tile, ...]]] = {
     32: (((64, 64, 4, 96), (64, 128, 4, 168), (64, 64, 4, 128)), ((64, 64, 4, 128),), ((64, 64, 4, 168),)),
     64: (((64, 64, 4, 96), (64, 128, 4, 168), (64, 64, 4, 128)), ((64, 64, 4, 128),), ((64, 64, 4, 168),)),
+    96: (((64, 64, 4, 128),), ((64, 64, 4, 168),), ((64, 64, 4, 255),)),
     128: (((64, 64, 4, 168), (64, 128, 4, 255)), ((64, 64, 4, 168),), ((64, 64, 4, 255),)),
 }  # fmt: skip
 
@@ -174,18 +181,34 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
     if problem.options:
         return _hopper_options(problem)
     dim = max(problem.head_dim, problem.head_dim_v)
-    plain, masked = next((_HOPPER[padded] for padded in _HOPPER if dim <= padded), ((), ()))
+    plain, tailed, masked = next((_HOPPER[padded] for padded in _HOPPER if dim <= padded), ((), (), ()))
     configs = []
-    for tile, schedule in product(dict.fromkeys((*plain, *masked)), ("", "persistent")):
+    for tile, schedule in product(dict.fromkeys((*plain, *tailed, *masked)), ("", "persistent")):
         m, n, warps, registers = tile
         single = problem.seqlen_k <= n  # one pass needs fewer registers, and its block has nothing to stay for
-        extra = problem.is_causal or problem.return_lse or problem.seqlen_k % n != 0
-        if tile not in (masked if extra and not single else plain):
+        if single:
+            fitting = plain
+        elif problem.is_causal or problem.return_lse:
+            fitting = masked
+        elif problem.seqlen_k % n:
+            fitting = tailed if tail(problem, n) else masked
+        else:
+            fitting = plain
+        if tile not in fitting:
             continue
         if schedule and (single or not _counts(problem, m)):
             continue
         configs.append(Config("hopper", m, n, warps, 1, schedule, registers))
     return tuple(configs)
+
+
+def tail(p: Problem, block_n: int) -> int:
+    """Keys of the Hopper kernel's last tile where that is narrower than the others, which then need no mask; else 0."""
+    if p.seqlen_k < block_n or p.is_causal or p.ragged or p.mask is not None or p.window != (-1, -1):
+        return 0
+    rest = p.seqlen_k % block_n
+    width = max(16, 1 << (rest - 1).bit_length()) if rest else block_n
+    return width if width < block_n else 0
 
 
 def _counts(p: Problem, block_m: int) -> bool:

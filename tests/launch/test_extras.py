@@ -378,6 +378,18 @@ def test_nothing_to_do_launches_nothing(gpu):
     assert not gpu.launches
 
 
+@pytest.mark.parametrize(
+    ("cu_seqlens_q", "longest_q", "zeroed"),
+    [((0, 2, 5), 3, range(5)), ((1, 2, 4), 0, ()), ((3, 3), 4, ()), ((-4, 2, 99), 2, range(4)), ((2, 6), 2, (2, 3))],
+)
+def test_without_keys_only_rows_of_a_sequence_are_written(gpu, cu_seqlens_q, longest_q, zeroed):
+    q, nothing, out = make(6, 4, 16), make(0, 2, 16), torch.full((6, 4, 16), 7.0, dtype=F16)
+    none = lengths(*[0] * len(cu_seqlens_q))
+    attention_varlen(q, nothing, nothing, lengths(*cu_seqlens_q), none, longest_q, 0, out=out)
+    assert [i for i in range(6) if not out[i].any()] == list(zeroed)
+    assert set(out.unique().tolist()) <= {0.0, 7.0}
+
+
 def test_packed_threads(gpu):
     wrong: list[str] = []
 

@@ -118,6 +118,19 @@ def _apply_mask(s, mask, scale):
 
 
 @gluon.jit
+def _scores(q_tile, k_tile, KEYS: gl.constexpr, D: gl.constexpr, MORE_D: gl.constexpr, WARPS: gl.constexpr):
+    """q k^T of the tile's first KEYS keys and D + MORE_D columns; a promise, to be waited for."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS, 16])
+    rows: gl.constexpr = q_tile.shape[0]
+    nothing = gl.zeros([rows, KEYS], gl.float32, layout)
+    keys = k_tile.slice(0, KEYS, 1)
+    s = warpgroup_mma(q_tile.slice(0, D, 1), keys.slice(0, D, 0), nothing, use_acc=False, is_async=True)
+    if MORE_D:
+        s = warpgroup_mma(q_tile.slice(D, MORE_D, 1), keys.slice(D, MORE_D, 0), s, is_async=True)
+    return s
+
+
+@gluon.jit
 def _row_sums(p, layout: gl.constexpr):
     """[M, N] -> [M, 8], summed within each thread: the lanes meet once, after the last tile."""
     m: gl.constexpr = p.shape[0]
@@ -126,14 +139,33 @@ def _row_sums(p, layout: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, m, l, acc, qk_scale, FIRST: gl.constexpr, EMPTY_ROWS: gl.constexpr, BIAS: gl.constexpr):
-    """Scores of one tile -> weights in fp32, with the running maximum m, sum l and output acc.
+def _times(x, row):
+    """Each row of x times that row's factor."""
+    layout: gl.constexpr = x.type.layout
+    return x * gl.convert_layout(row, gl.SliceLayout(1, layout), assert_trivial=True)[:, None]
+
+
+@gluon.jit
+def _mean(acc, inverse, total, EMPTY_ROWS: gl.constexpr):
+    """acc / total, and 0 in rows that saw no key."""
+    layout: gl.constexpr = acc.type.layout
+    out = _times(acc, inverse)
+    if EMPTY_ROWS:  # not by a factor of 0: what a tile holds in v beside what its rows may read can be NaN
+        out = gl.where(gl.convert_layout(total == 0.0, gl.SliceLayout(1, layout), assert_trivial=True)[:, None], 0.0, out)
+    return out
+
+
+@gluon.jit
+def _softmax(s, m, l, qk_scale, FIRST: gl.constexpr, EMPTY_ROWS: gl.constexpr, BIAS: gl.constexpr):
+    """Scores of one tile -> weights in fp32, the running maximum m and sum l with it, and what the output so far is to
+    be multiplied by (nothing to multiply when FIRST).
 
     m is in units of log2. With a bias it is one of the scores: they may be as low as the lowest finite number, where
     the rounding of their product with a factor is itself more than exp2 can take.
     """
+    rows_layout: gl.constexpr = m.type.layout
     sums_layout: gl.constexpr = l.type.layout
-    out_layout: gl.constexpr = acc.type.layout
+    m = gl.convert_layout(m, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
     new_m = gl.max(s, 1) if BIAS else gl.max(s, 1) * qk_scale
     if not FIRST:
         new_m = gl.maximum(m, new_m)
@@ -142,28 +174,25 @@ def _softmax(s, m, l, acc, qk_scale, FIRST: gl.constexpr, EMPTY_ROWS: gl.constex
         base = gl.where(new_m == -float("inf"), 0.0, new_m)
     p = gl.exp2((s - base[:, None]) * LOG2E if BIAS else s * qk_scale - base[:, None])
     sums = _row_sums(p, sums_layout)
-    if FIRST:
-        l = sums
-    else:
-        alpha = gl.exp2((m - base) * LOG2E if BIAS else m - base)
-        l = l * gl.convert_layout(alpha, gl.SliceLayout(1, sums_layout), assert_trivial=True)[:, None] + sums
-        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, out_layout), assert_trivial=True)[:, None]
-    return p, new_m, l, acc
+    alpha = gl.exp2((m - base) * LOG2E if BIAS else m - base)
+    l = sums if FIRST else _times(l, alpha) + sums
+    return p, gl.convert_layout(new_m, rows_layout, assert_trivial=True), l, alpha
 
 
 @gluon.jit
 def attention_forward(
     q_desc, k_desc, v_desc, o_desc, lse, mask_desc, seqused_k, cu_seqlens_q, cu_seqlens_k, total_q, total_k, qk_scale,
     cap, left, right, longest_q, longest_k, row_tiles, per_row_tiles, heads, per_heads, pairs, per_pairs, items,
-    GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, SINGLE: gl.constexpr,
+    GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, SINGLE: gl.constexpr, TAIL: gl.constexpr,
     EMPTY_ROWS: gl.constexpr, NEGATE: gl.constexpr, PERSISTENT: gl.constexpr, BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, WARPS: gl.constexpr, LATE: gl.constexpr,
+    BLOCK_N: gl.constexpr, D: gl.constexpr, MORE_D: gl.constexpr, DV: gl.constexpr, MORE_DV: gl.constexpr,
+    WARPS: gl.constexpr, LATE: gl.constexpr,
     MASK_B: gl.constexpr, MASK_H: gl.constexpr,
 ):  # fmt: skip
     """softmax(q k^T) v over 4-D descriptors [batch, heads, rows, columns] whose boxes are one tile.
 
-    SINGLE: all keys fit in one tile. EMPTY_ROWS: some rows see no key. NEGATE: the scale is negative, qk_scale its
-    magnitude. LATE: let the next kernel start when this one ends, not at once. PERSISTENT: a one-dimensional grid of
+    SINGLE: all keys fit in one tile. TAIL: the last tile's keys where it is narrower, or 0. EMPTY_ROWS: some rows see no key. NEGATE: the scale is negative, qk_scale its
+    magnitude. D + MORE_D, DV + MORE_DV: columns that are multiplied, of those that a box has. LATE: let the next kernel start when this one ends, not at once. PERSISTENT: a one-dimensional grid of
     blocks that each take every gridDim-th item; else a grid of (row tiles, heads, batch), when causal (heads, row
     tiles, batch).
 
@@ -174,10 +203,14 @@ def attention_forward(
     these a persistent kernel takes seqused_k only.
     """
     dtype: gl.constexpr = q_desc.dtype
+    BLOCK_D: gl.constexpr = q_desc.block_shape[-1]
+    BLOCK_DV: gl.constexpr = v_desc.block_shape[-1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_DV, 16])  # noqa: E741
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DV, 16])  # noqa: E741
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 8, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    MORE_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, MORE_DV, 16])
+    MORE_P: gl.constexpr = gl.DotOperandLayout(0, MORE_O, 2)
     BIAS: gl.constexpr = mask_desc is not None and mask_desc.dtype != gl.int8
     RAGGED: gl.constexpr = seqused_k is not None or cu_seqlens_k is not None
     MASKED: gl.constexpr = CAUSAL or not EVEN_N or left is not None
@@ -260,7 +293,6 @@ def attention_forward(
     if not LATE:
         gdc_launch_dependents()
 
-    no_scores = gl.zeros([BLOCK_M, BLOCK_N], gl.float32, S)
     loads = 0  # of K, and of V; their parity is the phase of the barriers
     turn = 0
     for index in range(first, items, step):
@@ -284,73 +316,88 @@ def attention_forward(
             )
             if seqused_k is not None:
                 next_seqlen_k = _used(seqused_k, next_batch, longest_k, more)
-        acc = gl.zeros([BLOCK_M, BLOCK_DV], gl.float32, O)
+        acc = gl.zeros([BLOCK_M, DV], gl.float32, O)
+        if MORE_DV:
+            more_acc = gl.zeros([BLOCK_M, MORE_DV], gl.float32, MORE_O)
         m = gl.full([BLOCK_M], -float("inf"), gl.float32, gl.SliceLayout(1, S))
         l = gl.zeros([BLOCK_M, 8], gl.float32, L)  # noqa: E741
         mbarrier.wait(q_full, turn & 1)
-        for tile in range(first_tile, first_tile + 1 if SINGLE else tiles):
-            last = tile + 1 == tiles
-            refill = more | (tile + 1 < tiles)
-            load_batch = gl.where(last, next_batch, batch)
-            load_head = gl.where(last, next_head, head) // GROUP
-            load_key = gl.where(last, 0, (tile + 1) * BLOCK_N)
-            if PERSISTENT and seqused_k is not None:
-                length = gl.maximum(gl.where(last, next_seqlen_k, seqlen_k), 1)
-            mbarrier.wait(k_full, loads & 1)
-            scores = warpgroup_mma(q_tile, k_tile, no_scores, use_acc=False, is_async=True)
-            if mask_desc is not None:
-                mbarrier.wait(mask_full, loads & 1)
-                mask = mask_tile.load(S)
-            s = warpgroup_mma_wait(0, deps=(scores,))
-            if PERSISTENT or not SINGLE:
-                mbarrier.expect(k_full, K_BYTES, pred=refill)
+        for part in gl.static_range(2 if TAIL else 1):
+            start = tiles - 1 if part else first_tile
+            stop = first_tile + 1 if SINGLE else tiles if part or not TAIL else tiles - 1
+            for tile in range(start, stop):
+                last = tile + 1 == tiles
+                refill = more | (tile + 1 < tiles)
+                load_batch = gl.where(last, next_batch, batch)
+                load_head = gl.where(last, next_head, head) // GROUP
+                load_key = gl.where(last, 0, (tile + 1) * BLOCK_N)
+                if PERSISTENT and seqused_k is not None:
+                    length = gl.maximum(gl.where(last, next_seqlen_k, seqlen_k), 1)
+                mbarrier.wait(k_full, loads & 1)
+                scores = _scores(q_tile, k_tile, TAIL if part else BLOCK_N, D, MORE_D, WARPS)
                 if mask_desc is not None:
-                    mbarrier.expect(mask_full, MASK_BYTES, pred=refill)
-                if PERSISTENT:
-                    mbarrier.expect(q_full, Q_BYTES, pred=last & more)
-                block_barrier()  # every warp's product has read k, and q; every warp the mask
-                _load(k_desc, load_batch, load_head, first_k, length, longest_k, load_key, k_full, k_box, refill)
+                    mbarrier.wait(mask_full, loads & 1)
+                    mask = mask_tile.load(S)
+                s = warpgroup_mma_wait(0, deps=(scores,))
+                if PERSISTENT or not SINGLE:
+                    mbarrier.expect(k_full, K_BYTES, pred=refill)
+                    if mask_desc is not None:
+                        mbarrier.expect(mask_full, MASK_BYTES, pred=refill)
+                    if PERSISTENT:
+                        mbarrier.expect(q_full, Q_BYTES, pred=last & more)
+                    block_barrier()  # every warp's product has read k, and q; every warp the mask
+                    _load(k_desc, load_batch, load_head, first_k, length, longest_k, load_key, k_full, k_box, refill)
+                    if mask_desc is not None:
+                        at = [batch * MASK_B, head * MASK_H, mask_row, load_key]
+                        tma_load(mask_desc, at, mask_full, mask_box, pred=refill)
+                    if PERSISTENT:
+                        row_next = next_row_tile * BLOCK_M
+                        _load(q_desc, next_batch, next_head, 0, seqlen_q, seqlen_q, row_next, q_full, q_box, last & more)
+                if NEGATE:
+                    s = -s
+                if cap is not None:  # tanh by exp2: tanh.approx is right to 11 bits only
+                    s = cap - 2.0 * cap / (1.0 + gl.exp2(s * qk_scale))
                 if mask_desc is not None:
-                    at = [batch * MASK_B, head * MASK_H, mask_row, load_key]
-                    tma_load(mask_desc, at, mask_full, mask_box, pred=refill)
-                if PERSISTENT:
-                    row_next = next_row_tile * BLOCK_M
-                    _load(q_desc, next_batch, next_head, 0, seqlen_q, seqlen_q, row_next, q_full, q_box, last & more)
-            if NEGATE:
-                s = -s
-            if cap is not None:  # tanh by exp2: tanh.approx is right to 11 bits only
-                s = cap - 2.0 * cap / (1.0 + gl.exp2(s * qk_scale))
-            if mask_desc is not None:
-                s = _apply_mask(s, mask, qk_scale if cap is None else 1.0)
-            if SINGLE and MASKED:
-                s = _hide(s, row, 0, seqlen_k, shift, left, right, CAUSAL)
-            elif MASKED:
-                if ((tile + 1) * BLOCK_N > visible) | (tile * BLOCK_N < hidden):
+                    s = _apply_mask(s, mask, qk_scale if cap is None else 1.0)
+                if (SINGLE and MASKED) or part:
                     s = _hide(s, row, tile * BLOCK_N, seqlen_k, shift, left, right, CAUSAL)
-            unit = qk_scale if cap is None else LOG2E
-            p, m, l, acc = _softmax(s, m, l, acc, unit, SINGLE, EMPTY_ROWS, BIAS)
-            p = gl.convert_layout(p.to(dtype), P, assert_trivial=True)
-            mbarrier.wait(v_full, loads & 1)
-            sums = warpgroup_mma(p, v_tile, acc, use_acc=not SINGLE, is_async=True)
-            acc, p = warpgroup_mma_wait(0, deps=(sums, p))
-            if PERSISTENT or not SINGLE:
-                mbarrier.expect(v_full, V_BYTES, pred=refill)
-                block_barrier()  # every warp's product has read v
-                _load(v_desc, load_batch, load_head, first_k, length, longest_k, load_key, v_full, v_box, refill)
-            loads += 1
+                elif MASKED and not TAIL:
+                    if ((tile + 1) * BLOCK_N > visible) | (tile * BLOCK_N < hidden):
+                        s = _hide(s, row, tile * BLOCK_N, seqlen_k, shift, left, right, CAUSAL)
+                unit = qk_scale if cap is None else LOG2E
+                p, m, l, alpha = _softmax(s, m, l, unit, SINGLE, EMPTY_ROWS, BIAS)
+                if not SINGLE:
+                    acc = _times(acc, alpha)
+                    if MORE_DV:
+                        more_acc = _times(more_acc, alpha)
+                p = gl.convert_layout(p.to(dtype), P, assert_trivial=True)
+                mbarrier.wait(v_full, loads & 1)
+                values = v_tile.slice(0, p.shape[1], 0)
+                sums = warpgroup_mma(p, values.slice(0, DV, 1), acc, use_acc=not SINGLE, is_async=True)
+                if MORE_DV:
+                    more_p = gl.convert_layout(p, MORE_P, assert_trivial=True)
+                    more_sums = warpgroup_mma(
+                        more_p, values.slice(DV, MORE_DV, 1), more_acc, use_acc=not SINGLE, is_async=True
+                    )
+                    acc, more_acc, p, more_p = warpgroup_mma_wait(0, deps=(sums, more_sums, p, more_p))
+                else:
+                    acc, p = warpgroup_mma_wait(0, deps=(sums, p))
+                if PERSISTENT or not SINGLE:
+                    mbarrier.expect(v_full, V_BYTES, pred=refill)
+                    block_barrier()  # every warp's product has read v
+                    _load(v_desc, load_batch, load_head, first_k, length, longest_k, load_key, v_full, v_box, refill)
+                loads += 1
 
         if LATE:
             if not more:
                 gdc_launch_dependents()
         total = gl.sum(l, 1)
         inverse = 1.0 / total
-        out = acc * gl.convert_layout(inverse, gl.SliceLayout(1, O), assert_trivial=True)[:, None]
-        if EMPTY_ROWS:  # not by a factor of 0: what a tile holds in v beside what its rows may read can be NaN
-            empty = gl.convert_layout(total == 0.0, gl.SliceLayout(1, O), assert_trivial=True)
-            out = gl.where(empty[:, None], 0.0, out)
         if PERSISTENT:
             tma.store_wait(0)  # the item before this one has left the buffer
-        o_tile.store(out.to(dtype))
+        o_tile.slice(0, DV, 1).store(_mean(acc, inverse, total, EMPTY_ROWS).to(dtype))
+        if MORE_DV:
+            o_tile.slice(DV, MORE_DV, 1).store(_mean(more_acc, inverse, total, EMPTY_ROWS).to(dtype))
         fence_async_shared()
         if cu_seqlens_q is not None:
             tma_store(o_desc, [batch, head, first_q + seqlen_q, longest_q - seqlen_q + row, 0], o_box)
