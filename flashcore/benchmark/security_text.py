@@ -83,7 +83,8 @@ def timing_batch(folder: Path) -> Iterator[str]:
 
 def _machine(gpu: str, record: Record) -> Iterator[str]:
     e = record["environment"]
-    held = ", ".join(machine.throttled(record["gpu_states"]))
+    timed = [state for part in ("cases", "batch") for entry in record[part] for state in entry.get("gpu_states", ())]
+    held = ", ".join(machine.throttled([*record["gpu_states"], *timed]))
     yield (
         f"{gpu}, {e['recorded'][:10]}, driver {e['driver'] or 'unknown'}, CUDA {e['cuda']}, PyTorch {e['torch']}, "
         f"Triton {e['triton']}, source `{e['source']}`, {f'held back by {held}' if held else 'not held back'}; "
@@ -101,6 +102,8 @@ def _timing_row(entry: Record) -> tuple[str, ...]:
         verdict = "even"
     else:
         verdict = "**differs**" if entry["gated"] else "differs, no gate"
+    if held := machine.throttled(entry.get("gpu_states", ())):
+        verdict += f", clock held back by {', '.join(held)}"
     unit = "cycles" if entry["clock"] == "cycles" else "µs"
     return (
         kernel, entry["pair"], f"{min(entry['measurements']):,}", f"{entry['mean']:,.1f} {unit}", _difference(entry),

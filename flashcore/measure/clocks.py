@@ -49,7 +49,7 @@ class Event(Protocol):
 class Device(Protocol):
     """What the clocks need of a GPU; the tests use one whose time is scripted."""
 
-    def event(self) -> Event: ...
+    def event(self, *, in_graph: bool = False) -> Event: ...
     def synchronize(self) -> None: ...
     def capture(self, calls: Sequence[Call]) -> Call: ...
 
@@ -57,10 +57,14 @@ class Device(Protocol):
 class Cuda:
     """The current CUDA device."""
 
-    def event(self) -> Event:
+    def event(self, *, in_graph: bool = False) -> Event:
+        """One that is recorded from the host or, `in_graph`, by every replay of a graph that its record is a call of.
+
+        What stands in a graph is not delayed by the host. Such events are waited for with `synchronize` of the device.
+        """
         import torch
 
-        event: Event = torch.cuda.Event(enable_timing=True)
+        event: Event = torch.cuda.Event(enable_timing=True, external=in_graph)
         return event
 
     def synchronize(self) -> None:

@@ -3,9 +3,14 @@
 dudect's method (leakage.py) on a GPU, with two clocks:
 
 cycles  Each block's own, read from its SM's clock inside an instrumented copy of the kernel (instrument.py). One block
-        computes one (batch, head), whose class is drawn anew for every launch, at the same address whatever the class
-        is: every launch gives measurements of both classes, one block on each SM.
-wall    Of the shipped kernel: replays of a CUDA graph of calls that all compute one class, in random order.
+        computes one (batch, head), whose class is drawn anew for every launch: every launch gives measurements of both
+        classes, one block on each SM.
+wall    Of the shipped kernel: replays of a CUDA graph of calls that all compute one class, in random order. The clock
+        is read inside the graph, since a host that is held up lets the GPU idle; between replays it rests, since a GPU
+        at its power limit lowers its clock by what the data draw.
+
+The class is no address: for either one the same memory is read and written before the kernel runs (classes.Either), so
+that a time can't depend on where the values came from.
 
 In the same run the copy with a conditional rescale planted in it has to show what a leak looks like. At last the time
 of a whole batch is compared by the content of one of its sequences, and by its length, which is public.
@@ -23,6 +28,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,21 +44,24 @@ from flashcore.launch import select
 from flashcore.launch.binding import Binding
 from flashcore.measure import clocks, machine
 from flashcore.security import leakage
-from flashcore.security.classes import PAIRS, Draw, Inputs, Sizes
+from flashcore.security.classes import PAIRS, Draw, Either, Inputs, Sizes
 from flashcore.security.leakage import Leak
 
 # A block for each (batch, head), four or more tiles of keys each. No more blocks than an H100 has SMs: beside others a
-# block's left-out step hides, since theirs fill the gap (the planted rescale then moved the mean by 0.04%).
-INSIDE = Sizes(16, 8, 64, 512, 64)
-WHOLE = Sizes(32, 8, 256, 256, 64)
+# block's left-out step hides, since theirs fill the gap (the planted rescale then moved the mean by 0.04%). Three times
+# its 9 MB, for what is shown and the two classes, stay within half of an H100's L2.
+INSIDE = Sizes(8, 8, 64, 512, 64)
+WHOLE = Sizes(8, 8, 256, 512, 64)  # two blocks an SM, which draw less power than a full one
 BATCHES = (1, 8, 32)
 IN_BATCH = Sizes(32, 8, 512, 512, 64)
 SHORT = 64  # keys of the sequence whose length is compared with a full one's
 
-REFRESH = 64  # launches on the same drawn values
-GROUP = 32  # wall times between two waits for the GPU, half of them of each class
-WARM_UP = 10  # such groups before the first that counts: an idle GPU takes a while to reach its clock
-CALLS = 10  # in a graph
+REFRESH = 64  # launches on the same drawn values, in one graph
+GROUP = 32  # wall times in a row, half of them of each class, whose median is taken off as a drift
+WARM_UP = 5  # such groups before the first that counts: an idle GPU takes a while to reach its clock
+LEAD = 5  # calls in front of those that are timed: they bring the data in and the current up
+CALLS = 10  # in a graph that are timed
+PAUSE = 0.8e-3  # seconds of rest behind a graph of about 0.1 ms: back to back they held an H100 at its 700 W
 DEVICE = "cuda"
 UNGATED = {("wall", "zeros/random")}  # what they differ by comes from power, and is published
 
@@ -67,52 +76,72 @@ class Samples(NamedTuple):
 
 
 def inside(
-    run: Callable[[], Tensor], shown: Inputs, draw: Draw, sizes: Sizes, measurements: int, generator: torch.Generator
+    run: Callable[[], Tensor], shown: Inputs, draw: Draw, sizes: Sizes, measurements: int, generator: torch.Generator,
+    device: clocks.Device | None = None, *, each: Callable[[int], object] = lambda turn: None,
 ) -> Samples:
-    """The cycles of about `measurements` blocks of each class.
+    """The cycles of at least `measurements` blocks of each class.
 
     Args:
         run: launches the kernel on `shown`; int64 [batch * heads] cycles.
         shown: the kernel's inputs, into which the values of either class are written.
+        each: called in front of every graph of launches with its number, negative where it does not count.
     """
-    device, places = generator.device, sizes.batch * sizes.heads
-    launches = max(math.ceil(2 * measurements / places), 2)
-    classes = torch.rand((launches, places), generator=generator, device=device) < 0.5
-    values = torch.empty((launches, places), dtype=torch.int64, device=device)
-    zero = one = shown
-    for launch in range(-REFRESH, launches):  # the first ones warm up
-        if launch % REFRESH == 0:
-            zero, one = draw(sizes, generator)
-        is_one = classes[launch % launches].view(sizes.batch, sizes.heads, 1, 1)
-        for place, of_zero, of_one in zip(shown, zero, one, strict=True):
-            torch.where(is_one, of_one, of_zero, out=place)
-        cycles = run()
-        if launch >= 0:
-            values[launch].copy_(cycles)
-    return Samples(values.cpu().numpy(), classes.cpu().numpy())
+    device = device or clocks.Cuda()
+    places = sizes.batch * sizes.heads
+    wanted = 2 * measurements + 5 * math.sqrt(2 * measurements)  # drawn, a class falls short once in millions of runs
+    graphs = math.ceil(wanted / (REFRESH * places))
+    chosen = torch.zeros((REFRESH, places), dtype=torch.int64, device=generator.device)
+    cycles = torch.zeros_like(chosen)
+    values = torch.empty((graphs, REFRESH, places), dtype=torch.int64, device=generator.device)
+    classes = torch.empty_like(values, dtype=torch.bool)
+    either = Either(shown)
+
+    def launch(index: int) -> None:
+        either.show(chosen[index].view(sizes.batch, sizes.heads, 1, 1))
+        cycles[index].copy_(run())
+
+    launch(0)  # loads torch's kernels, which belongs before a capture
+    device.synchronize()
+    replay = device.capture([partial(launch, index) for index in range(REFRESH)])
+    for graph in range(-1, graphs):
+        each(graph)
+        either.hold(*draw(sizes, generator))
+        is_one = torch.rand(chosen.shape, generator=generator, device=generator.device) < 0.5
+        torch.neg(is_one.long(), out=chosen)
+        replay()
+        if graph >= 0:
+            values[graph].copy_(cycles)
+            classes[graph].copy_(is_one)
+    return Samples(values.flatten(0, 1).cpu().numpy(), classes.flatten(0, 1).cpu().numpy())
 
 
 def wall(
-    show: Callable[[bool], object], replay: Callable[[], object], measurements: int, generator: torch.Generator,
-    device: clocks.Device | None = None, *, calls: int = CALLS,
+    show: Callable[[bool], object], call: Callable[[], object], measurements: int, generator: torch.Generator,
+    device: clocks.Device | None = None, *, each: Callable[[int], object] = lambda turn: None,
+    pause: Callable[[float], object] = time.sleep,
 ) -> Samples:
-    """At least `measurements` of each class of the time of `replay`, which makes `calls` calls, in microseconds a call;
-    `show` sets the class.
+    """At least `measurements` of each class of the time of `call`, in microseconds; `show` sets the class.
+
+    `each` is called in front of every group with its number, negative where it does not count.
     """
     device = device or clocks.Cuda()
-    events = [(device.event(), device.event()) for _ in range(GROUP)]
+    start, end = device.event(in_graph=True), device.event(in_graph=True)
+    call()
+    device.synchronize()
+    replay = device.capture([*[call] * LEAD, start.record, *[call] * CALLS, end.record])
     values, classes = [], []
     for group in range(-WARM_UP, math.ceil(2 * measurements / GROUP)):
+        each(group)
         order = (torch.randperm(GROUP, generator=generator) < GROUP // 2).tolist()
-        for is_one, (start, end) in zip(order, events, strict=True):
+        times = []
+        for is_one in order:
             show(is_one)
-            replay()  # runs while the host submits the rest: no submission is timed
-            start.record()
             replay()
-            end.record()
-        device.synchronize()
+            device.synchronize()
+            times.append(start.elapsed_time(end) * 1e3 / CALLS)
+            pause(PAUSE)
         if group >= 0:
-            values.append([start.elapsed_time(end) * 1e3 / calls for start, end in events])
+            values.append(times)
             classes.append(order)
     return Samples(values, classes)
 
@@ -129,11 +158,6 @@ class Kernel:
         self.inputs: Inputs = zeros(sizes.query), zeros(sizes.key), zeros(sizes.key)
         self._tensors = dict(zip("qkv", self.inputs, strict=True)) | {"o": zeros(sizes.query)} | more
         self._launch = packet.load(binding, torch.cuda.current_device(), target.arch)
-
-    def show(self, inputs: Inputs) -> None:
-        """Let it read these, or as many sequences as there are of them in place of its first."""
-        for place, given in zip(self.inputs, inputs, strict=True):
-            place[: given.shape[0]].copy_(given)
 
     def __call__(self) -> None:
         """Launch it on the current stream."""
@@ -188,8 +212,9 @@ class Run:
             "protocol": {
                 "measurements": measurements, "wall_measurements": walls, "seed": seed, "inside": INSIDE.query[:2],
                 "seqlen_q": INSIDE.seqlen_q, "seqlen_k": INSIDE.seqlen_k, "head_dim": INSIDE.head_dim,
-                "whole": [WHOLE.batch, WHOLE.heads, WHOLE.seqlen_q], "in_batch": list(IN_BATCH.query[1:]),
-                "short": SHORT, "calls": CALLS, "t_limit": leakage.T_LIMIT, "t_control": leakage.T_CONTROL,
+                "whole": [WHOLE.batch, WHOLE.heads, WHOLE.seqlen_q, WHOLE.seqlen_k],
+                "in_batch": list(IN_BATCH.query[1:]), "short": SHORT, "refresh": REFRESH, "lead": LEAD, "calls": CALLS,
+                "pause_us": PAUSE * 1e6, "t_limit": leakage.T_LIMIT, "t_control": leakage.T_CONTROL,
                 "relative_limit": leakage.RELATIVE_LIMIT, "confidence": leakage.CONFIDENCE,
             },
             "gpu_states": [machine.gpu_state()], "cases": [], "controls": [], "batch": [],
@@ -208,7 +233,7 @@ class Run:
         self.record["complete"] = True
         return self.record
 
-    def _in_time(self) -> None:
+    def _in_time(self, turn: int = 0) -> None:
         if time.monotonic() > self._deadline:
             raise TimeoutError("the time limit was reached")
 
@@ -234,8 +259,9 @@ class Run:
                 return cycles
 
             for name in names:
-                self._in_time()
-                samples = inside(run, timed.inputs, PAIRS[name], INSIDE, self._measurements, self._generator)
+                samples = inside(
+                    run, timed.inputs, PAIRS[name], INSIDE, self._measurements, self._generator, each=self._in_time
+                )
                 leak = leakage.compare(*samples)
                 entry = {"kernel": kernel, "config": _named(config), "clock": "cycles", "pair": name}
                 if control:
@@ -253,25 +279,32 @@ class Run:
         except UnsupportedError:
             return
         shipped = Kernel(launcher.bind(problem, config, WHOLE.head_dim**-0.5, self._target), self._target, WHOLE)
-        replay = self._graph(shipped)
+        either = Either(shipped.inputs)
         for name, draw in PAIRS.items():
-            self._in_time()
-            both = draw(WHOLE, self._generator)
-
-            def show(one: bool, both: tuple[Inputs, Inputs] = both) -> None:
-                shipped.show(both[one])
-
-            leak = leakage.compare(*wall(show, replay, self._walls, self._order))
+            either.hold(*draw(WHOLE, self._generator))
+            leak, states = self._compare(_values(either), shipped)
             gated = ("wall", name) not in UNGATED
-            entry = {"kernel": kernel, "config": _named(config), "clock": "wall", "pair": name}
+            entry = {"kernel": kernel, "config": _named(config), "clock": "wall", "pair": name, "gpu_states": states}
             self._add("cases", {**entry, **leak.as_json(), "gated": gated, "ok": leak.even or not gated}, leak)
+
+    def _compare(self, show: Callable[[bool], object], kernel: Kernel) -> tuple[Leak, list[Record]]:
+        """By wall time; and what the GPU's clock did, before the first time that counts and behind the last."""
+        states = []
+
+        def each(group: int) -> None:
+            self._in_time()
+            if group == 0:
+                states.append(machine.gpu_state())
+
+        samples = wall(show, kernel, self._walls, self._order, each=each)
+        states.append(machine.gpu_state())
+        return leakage.compare(*samples), states
 
     def _batch(self, sizes: Sizes) -> None:
         """How the time of a batch depends on its first sequence: on values, then on its number of keys."""
         from flashcore.launch import launcher
 
         for name in ("zeros/random", "rising/falling", "keys"):
-            self._in_time()
             by_length = name == "keys"
             problem = problem_of(sizes, seqused_k=by_length)
             config = select.select(problem, self._target)
@@ -279,33 +312,34 @@ class Run:
             used = torch.full((sizes.batch,), sizes.seqlen_k, dtype=torch.int32, device=DEVICE)
             kernel = Kernel(binding, self._target, sizes, seqused_k=used)
             _, others = PAIRS["zeros/random"](sizes, self._generator)
-            kernel.show(others)
-            lengths = torch.tensor([SHORT, sizes.seqlen_k], dtype=torch.int32, device=DEVICE)
-            first = replace(sizes, batch=1)
-            both = None if by_length else PAIRS[name](first, self._generator)
-
-            def show(
-                one: bool, kernel: Kernel = kernel, used: Tensor = used, lengths: Tensor = lengths,
-                both: tuple[Inputs, Inputs] | None = both,
-            ) -> None:
-                if both is None:
-                    used[0].copy_(lengths[int(one)])
-                else:
-                    kernel.show(both[one])
-
-            leak = leakage.compare(*wall(show, self._graph(kernel), self._walls, self._order))
+            for place, drawn in zip(kernel.inputs, others, strict=True):
+                place.copy_(drawn)
+            if by_length:
+                show = _length(used[:1], SHORT, sizes.seqlen_k)
+            else:
+                either = Either([place[:1] for place in kernel.inputs])
+                either.hold(*PAIRS[name](replace(sizes, batch=1), self._generator))
+                show = _values(either)
+            leak, states = self._compare(show, kernel)
             label = f"{SHORT}/{sizes.seqlen_k} keys" if by_length else name
             entry = {"kernel": config.kernel, "config": _named(config), "clock": "wall", "batch": sizes.batch}
-            self._add("batch", {**entry, "pair": label, "public": by_length, **leak.as_json()}, leak)
-
-    def _graph(self, kernel: Kernel) -> Callable[[], object]:
-        kernel()
-        torch.cuda.synchronize()
-        return clocks.Cuda().capture([kernel] * CALLS)
+            entry |= {"pair": label, "public": by_length, "gpu_states": states}
+            self._add("batch", {**entry, **leak.as_json()}, leak)
 
     def _add(self, part: str, entry: Record, leak: Leak) -> None:
         self.record[part].append(entry)
         print(row(part, entry), flush=True)
+
+
+def _values(either: Either) -> Callable[[bool], object]:
+    """Shows all of class 0, or of class 1."""
+    chosen = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    return lambda is_one: either.show(chosen.fill_(-int(is_one)))
+
+
+def _length(used: Tensor, zero: int, one: int) -> Callable[[bool], object]:
+    """Gives a sequence the number of keys of class 0, or of class 1."""
+    return lambda is_one: used.fill_(one if is_one else zero)
 
 
 def _named(config: Config) -> str:
@@ -326,7 +360,16 @@ def row(part: str, entry: Record) -> str:
     return (
         f"{name:34} {subject:12} {entry['pair']:17} n {min(entry['measurements']):>9,}  mean {entry['mean']:>10.2f}"
         f"  {percent[0]:>8}% ({percent[1]} to {percent[2]})  |t| {entry['largest_t']:8.2f}  {verdict}"
+        f"{_clock(entry.get('gpu_states', ()))}"
     )
+
+
+def _clock(states: Sequence[Record]) -> str:
+    """What the SMs' clock was, and what held it back."""
+    seen = [f"{state['sm_mhz']}" for state in states if "sm_mhz" in state]
+    held = machine.throttled(states)
+    said = [f"{' and '.join(dict.fromkeys(seen))} MHz"] * bool(seen) + [f"held back by {', '.join(held)}"] * bool(held)
+    return f"  [{', '.join(said)}]" if said else ""
 
 
 def passed(record: Record) -> bool:
@@ -354,7 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--measurements", type=int, default=1_000_000, metavar="N", help="of each class (1,000,000)")
     parser.add_argument("--quick", action="store_true", help="100,000 measurements of each class")
     parser.add_argument("--no-batch", dest="batch", action="store_false", help="without the batches")
-    parser.add_argument("--seconds", type=float, default=120, help="time limit of the measurements (120)")
+    parser.add_argument("--seconds", type=float, default=240, help="time limit of the measurements (240)")
     parser.add_argument("--seed", type=int, default=int(datetime.now(timezone.utc).strftime("%Y%m%d")))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it here too")
     options = parser.parse_args(argv)
@@ -379,7 +422,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         record = json.loads(into.read_text())
     gates = [entry["ok"] for entry in record["cases"] if entry["gated"]]
     print(f"\n{sum(gates)} of {len(gates)} gates hold: |t| < {leakage.T_LIMIT}, the interval within ±0.1%")
+    timed = [entry for part in ("cases", "batch") for entry in record[part] if "gpu_states" in entry]
+    slowed = sum(bool(machine.throttled(entry["gpu_states"])) for entry in timed)
     print(f"{sum(e['ok'] for e in record['controls'])} of {len(record['controls'])} controls caught: |t| > 10")
+    print(f"{slowed} of {len(timed)} comparisons by wall time on a GPU that something held back")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -43,6 +43,18 @@ def test_a_timing_record_fills_both_tables(root: Path) -> None:
     assert "audit-timing-h100.png" not in text, "not drawn"
 
 
+def test_a_clock_that_was_held_back_is_told(root: Path) -> None:
+    record = records.timing(gpu_states=[{"sm_mhz": 1980, "held_back_by": []}])
+    results.write(root / "results" / "audit-timing-h100.json", record)
+    assert "not held back" in written(root)
+    record["cases"][2]["gpu_states"] = [{}, {"sm_mhz": 1620, "held_back_by": ["software thermal slowdown"]}]
+    results.write(root / "results" / "audit-timing-h100.json", record)
+    text = written(root)
+    assert ", held back by software thermal slowdown;" in text
+    assert "differs, no gate, clock held back by software thermal slowdown |" in text
+    assert "| even |" in text
+
+
 def test_a_run_that_did_not_end_is_not_reported(root: Path) -> None:
     results.write(root / "results" / "audit-timing-h100.json", records.timing(complete=False))
     assert security_text.NOT_MEASURED in written(root)

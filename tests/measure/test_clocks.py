@@ -33,7 +33,7 @@ class FakeDevice:
         self.log: list[str] = []
         self.captured: list[list[Call]] = []
 
-    def event(self) -> FakeEvent:
+    def event(self, *, in_graph: bool = False) -> FakeEvent:
         return FakeEvent(self)
 
     def synchronize(self) -> None:
@@ -173,3 +173,25 @@ def test_cold_sets_pass_three_times_the_l2(size: int) -> None:
     l2 = 50 * 2**20
     sets = clocks.sets_for_cold(size, l2)
     assert sets * size > 3 * l2 >= (sets - 1) * size
+
+
+@pytest.mark.gpu
+def test_events_in_a_graph_are_recorded_by_every_replay() -> None:
+    torch = pytest.importorskip("torch")
+    device = clocks.Cuda()
+    start, end = device.event(in_graph=True), device.event(in_graph=True)
+    numbers = torch.zeros(1 << 24, device="cuda")
+
+    def add() -> None:
+        numbers.add_(1)
+
+    add()
+    device.synchronize()
+    few = device.capture([add, start.record, *[add] * 5, end.record])
+    many = device.capture([add, start.record, *[add] * 50, end.record])
+    times = []
+    for replay in (many, few, many, few):
+        replay()
+        device.synchronize()
+        times.append(start.elapsed_time(end))
+    assert min(times) > 0 and times[0] > 5 * times[1] and times[2] > 5 * times[3]

@@ -8,13 +8,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("scipy")
 
 from flashcore.core.target import A100, H100, L4  # noqa: E402
 from flashcore.reference.oracle import attention  # noqa: E402
 from flashcore.security import audit, leakage, timing  # noqa: E402
-from flashcore.security.classes import PAIRS, Inputs, Sizes  # noqa: E402
+from flashcore.security.classes import PAIRS, Either, Inputs, Sizes  # noqa: E402
 
 SMALL = Sizes(8, 4, 16, 64, 32)
 
@@ -61,45 +62,54 @@ def test_a_rising_maximum_rises_in_every_tile_and_a_falling_one_in_the_first_alo
     torch.testing.assert_close(attention(*rising), attention(*falling))
 
 
-def measured(slower: float, pair: str = "zeros/random") -> leakage.Leak:
-    """Of a stand-in whose blocks take `slower` times as long on zeros."""
-    many = Sizes(64, 16, 2, 8, 8)
-    inputs, noise = shown(many), generator()
-
-    def run() -> torch.Tensor:
-        is_zero = (inputs[1] == 0).flatten(2).all(2).flatten()
-        cycles = torch.randn(is_zero.shape, generator=noise) * 50 + 10_000
-        return (cycles * torch.where(is_zero, slower, 1.0)).long()
-
-    samples = timing.inside(run, inputs, PAIRS[pair], many, 20_000, generator())
-    assert samples.values.shape == samples.classes.shape
-    assert 0.49 < samples.classes.mean() < 0.51 and samples.classes.std(0).min() > 0, "drawn anew for each launch"
-    return leakage.compare(*samples)
+NOT_A_NUMBER = torch.tensor([0x7C01, 0x7E00, -1, 0x7DEA], dtype=torch.int16).view(torch.float16)  # with payloads
 
 
-def test_blocks_are_compared_by_the_class_that_they_computed() -> None:
-    assert measured(1.0).even
-    slow = measured(1.002)
-    assert slow.t < -10 and not slow.even
-    assert -0.0023 < slow.difference / slow.mean < -0.0017, "class 1 minus class 0"
-    assert min(slow.measurements) > 19_000
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.int16)
+
+
+def test_either_input_is_shown_bit_by_bit_at_one_address() -> None:
+    places, drawn = shown(SMALL), PAIRS["subnormal/normal"](SMALL, generator())
+    zero, one = PAIRS["fixed/random"](SMALL, generator())[0], drawn[0]
+    one[1][:, :, 5, :4] = NOT_A_NUMBER
+    one[2][:, :, 3] = -0.0
+    addresses = [place.data_ptr() for place in places]
+    either = Either(places)
+    either.hold(zero, one)
+    for picked in (torch.arange(32) % 3 == 0, torch.zeros(32).bool(), torch.ones(32).bool()):
+        picked = picked.view(8, 4, 1, 1)
+        either.show(-picked.long())
+        for place, of_zero, of_one in zip(places, zero, one, strict=True):
+            assert torch.equal(bits(place), torch.where(picked, bits(of_one), bits(of_zero)))
+    assert [place.data_ptr() for place in places] == addresses
+    assert torch.equal(bits(places[1])[0, 0, 5, :4], bits(NOT_A_NUMBER))
+    either = Either([place[:1] for place in places])
+    either.hold(*([part[:1] for part in each] for each in (one, zero)))
+    either.show(torch.tensor(-1))
+    for place, of_zero, of_one in zip(places, zero, one, strict=True):
+        assert torch.equal(bits(place[:1]), bits(of_zero[:1])) and torch.equal(bits(place[1:]), bits(of_one[1:]))
 
 
 class Clock:
-    """A GPU whose replays take what `cost` says; as clocks.Device."""
+    """A GPU whose time passes as it is told; as clocks.Device. What is captured runs when it is replayed."""
 
-    def __init__(self, cost) -> None:
-        self.now, self._cost = 0.0, cost
+    def __init__(self) -> None:
+        self.now = 0.0
 
-    def replay(self) -> None:
-        self.now += self._cost()
-
-    def event(self) -> Clock.Event:
+    def event(self, *, in_graph: bool = False) -> Clock.Event:
         return Clock.Event(self)
 
     def synchronize(self) -> None: ...
 
-    def capture(self, calls): ...
+    def capture(self, calls):
+        calls = list(calls)
+
+        def replay() -> None:
+            for call in calls:
+                call()
+
+        return replay
 
     class Event:
         def __init__(self, clock: Clock) -> None:
@@ -114,16 +124,129 @@ class Clock:
             return (end.at - self.at) / 1e3
 
 
+MANY = Sizes(64, 16, 2, 8, 8)
+
+
+def measured(slower: float, pair: str = "zeros/random") -> leakage.Leak:
+    """Of a stand-in whose blocks take `slower` times as long on zeros."""
+    inputs, noise = shown(MANY), generator()
+
+    def run() -> torch.Tensor:
+        is_zero = (inputs[1] == 0).flatten(2).all(2).flatten()
+        cycles = torch.randn(is_zero.shape, generator=noise) * 50 + 10_000
+        return (cycles * torch.where(is_zero, slower, 1.0)).long()
+
+    turns: list[int] = []
+    samples = timing.inside(run, inputs, PAIRS[pair], MANY, 20_000, generator(), Clock(), each=turns.append)
+    assert turns == list(range(-1, len(samples.values) // timing.REFRESH))
+    assert samples.values.shape == samples.classes.shape
+    assert 0.49 < samples.classes.mean() < 0.51 and samples.classes.std(0).min() > 0, "drawn anew for each launch"
+    return leakage.compare(*samples)
+
+
+def test_blocks_are_compared_by_the_class_that_they_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "REFRESH", 16)
+    assert measured(1.0).even
+    slow = measured(1.002)
+    assert slow.t < -10 and not slow.even
+    assert -0.0023 < slow.difference / slow.mean < -0.0017, "class 1 minus class 0"
+    assert min(slow.measurements) >= 20_000
+
+
+class Cache(TorchDispatchMode):
+    """Follows from where the numbers at each place were read last, and fails on what may read otherwise than as here.
+    """
+
+    def __init__(self, places: Inputs) -> None:
+        super().__init__()
+        self._places = {place.untyped_storage().data_ptr() for place in places}
+        self._seen: dict[int, int] = {}
+        self.source = torch.zeros(MANY.batch * MANY.heads)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        target = kwargs.get("out", args[0] if func._schema.is_mutable else None)
+        if target is not None and target.untyped_storage().data_ptr() in self._places:
+            read = [a for a in args if isinstance(a, torch.Tensor) and a.shape == target.shape]
+            numbers = [float(self._seen.setdefault(a.data_ptr(), len(self._seen))) for a in read]
+            if func is torch.ops.aten.where.self_out:  # reads one operand alone
+                self.source = torch.where(args[0].flatten(), *numbers)
+            else:
+                assert func in (torch.ops.aten.bitwise_and.Tensor_out, torch.ops.aten.bitwise_xor_.Tensor), func
+                self.source = torch.full_like(self.source, sum(numbers))
+        return func(*args, **kwargs)
+
+
+class Copied:
+    """As Either, by a copy from one of two places."""
+
+    def __init__(self, places) -> None:
+        self._places = places
+        self.hold(places, places)
+
+    def hold(self, zero, one) -> None:
+        self._zero, self._one = ([part.clone() for part in each] for each in (zero, one))
+
+    def show(self, chosen: torch.Tensor) -> None:
+        for place, of_zero, of_one in zip(self._places, self._zero, self._one, strict=True):
+            torch.where(chosen != 0, of_one, of_zero, out=place)
+
+
+@pytest.mark.parametrize(("either", "even"), [(Either, True), (Copied, False)])
+def test_a_place_whose_time_depends_on_where_its_numbers_came_from_tells_no_classes_apart(
+    either, even: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "Either", either)
+    inputs, noise = shown(MANY), generator()
+
+    def draw(sizes: Sizes, generator: torch.Generator) -> tuple[Inputs, Inputs]:
+        return shown(sizes), shown(sizes)
+
+    with Cache(inputs) as cache:
+
+        def run() -> torch.Tensor:
+            return (10_000 + 50 * torch.randn(cache.source.shape, generator=noise) + 30 * cache.source).long()
+
+        leak = leakage.compare(*timing.inside(run, inputs, draw, MANY, 20_000, generator(), Clock()))
+    assert leak.even == even, leak
+
+
 @pytest.mark.parametrize("slower", [1.0, 1.004])
 def test_wall_times_of_both_classes_in_random_order(slower: float) -> None:
-    noise, state = generator(), []
-    clock = Clock(lambda: (100 + float(torch.randn((), generator=noise))) * (slower if state[-1] else 1.0))
-    samples = timing.wall(state.append, clock.replay, 1000, generator(), clock, calls=1)
-    assert [sum(group) for group in samples.classes] == [timing.GROUP // 2] * 63
-    assert len({tuple(group) for group in samples.classes}) > 60
+    noise, shows, turns, clock = generator(), [], [], Clock()
+
+    def call() -> None:
+        clock.now += (100 + float(torch.randn((), generator=noise))) * (slower if shows and shows[-1] else 1.0)
+
+    def show(is_one: bool) -> None:
+        shows.append(is_one)
+        clock.now += 1e6 * is_one  # neither this nor a rest is timed
+
+    def pause(seconds: float) -> None:
+        assert seconds == timing.PAUSE
+        clock.now += 1e6 * (len(shows) % 7)
+
+    samples = timing.wall(show, call, 200, generator(), clock, each=turns.append, pause=pause)
+    assert turns == list(range(-timing.WARM_UP, 13))
+    assert [sum(group) for group in samples.classes] == [timing.GROUP // 2] * 13
+    assert len({tuple(group) for group in samples.classes}) > 10
+    assert sum(samples.classes, []) == shows[timing.WARM_UP * timing.GROUP :]
     leak = leakage.compare(*samples)
-    assert leak.measurements == (1008, 1008)
+    assert leak.measurements == (208, 208)
     assert (abs(leak.t) > leakage.T_LIMIT) == (slower > 1) and 99 < leak.mean < 101
+
+
+def test_lengths_and_values_are_set_by_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "DEVICE", "cpu")
+    used = torch.tensor([9, 9], dtype=torch.int32)
+    show = timing._length(used[:1], 3, 5)
+    assert [(show(one), used.tolist())[1] for one in (True, False)] == [[5, 9], [3, 9]]
+    places, (zero, one) = shown(SMALL), PAIRS["fixed/random"](SMALL, generator())
+    either = Either(places)
+    either.hold(zero, one)
+    for is_one in (True, False):
+        timing._values(either)(is_one)
+        assert all(torch.equal(a, b) for a, b in zip(places, one if is_one else zero, strict=True))
 
 
 @pytest.mark.parametrize(("kernel", "target"), [("portable", A100), ("portable", L4), ("hopper", H100)])
@@ -154,6 +277,12 @@ def test_rows_say_what_they_are() -> None:
     assert "no gate" in timing.row("cases", entry(even=False, gated=False))
     assert "MISSED" in timing.row("controls", entry(ok=False, control="rescale"))
     assert "batch of 8" in timing.row("batch", entry(batch=8, even=True))
+    assert timing.row("cases", entry(even=True)).endswith("even")
+    free, held = {"sm_mhz": 1980, "held_back_by": []}, {"sm_mhz": 1620, "held_back_by": ["software power cap"]}
+    assert timing.row("cases", entry(even=True, gpu_states=[free, free])).endswith("even  [1980 MHz]")
+    said = timing.row("batch", entry(batch=8, even=True, gpu_states=[free, held]))
+    assert said.endswith("[1980 and 1620 MHz, held back by software power cap]")
+    assert timing.row("cases", entry(even=True, gpu_states=[{}, {}])).endswith("even")
 
 
 def test_records_are_plain() -> None:
@@ -167,46 +296,31 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 class Stand:
-    """A kernel whose control is slower where the first key is smaller than the last, and whose batches take as long as
-    their keys."""
-
-    clock = None
+    """A kernel whose control is slower where the first key is smaller than the last, and which takes 100 us."""
 
     def __init__(self, binding, target, sizes, **more) -> None:
         self.inputs, self._more, self._binding = shown(sizes), more, binding
         self._noise = generator()
 
-    def show(self, inputs: Inputs) -> None:
-        for place, given in zip(self.inputs, inputs, strict=True):
-            place[: given.shape[0]].copy_(given)
-
     def __call__(self) -> None:
-        k = self.inputs[1].float()
+        timing.clocks.Cuda().now += 100 + float(torch.randn((), generator=self._noise))
         if "cycles" in self._more:
-            cycles = self._more["cycles"]
+            cycles, k = self._more["cycles"], self.inputs[1]
             slow = (k[:, :, 0, 0] < k[:, :, -1, 0] - 1).flatten() * ("rescale" in self._binding.fn.__module__)
             cycles.copy_(10_000 + 10 * torch.randn(cycles.shape, generator=self._noise) + 200 * slow)
 
 
-class Device(Clock):
-    def __init__(self) -> None:
-        noise = generator()
-        super().__init__(lambda: 100 + float(torch.randn((), generator=noise)))
-
-    def capture(self, calls):
-        assert len(calls) == timing.CALLS
-        return self.replay
-
-
 def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    device = Device()
+    clock, state = Clock(), {"sm_mhz": 1755, "held_back_by": ["software power cap"]}
     monkeypatch.setattr(timing, "DEVICE", "cpu")
+    monkeypatch.setattr(timing, "PAUSE", 0)
+    monkeypatch.setattr(timing.machine, "gpu_state", lambda: dict(state))
     monkeypatch.setattr(timing, "Kernel", Stand)
-    monkeypatch.setattr(timing.clocks, "Cuda", lambda: device)
+    monkeypatch.setattr(timing.clocks, "Cuda", lambda: clock)
     monkeypatch.setattr(timing.targets, "current", lambda index: H100)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(timing, "REFRESH", 4)
+    monkeypatch.setattr(timing, "WARM_UP", 1)
     small = Sizes(4, 4, 64, 512, 64)
     for name, sizes in (("INSIDE", small), ("WHOLE", Sizes(2, 2, 64, 64, 64)), ("IN_BATCH", Sizes(2, 2, 64, 128, 64))):
         monkeypatch.setattr(timing, name, sizes)
@@ -220,7 +334,10 @@ def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         (size, name) for size in timing.BATCHES for name in (False, False, True)
     ]
     assert not next(e for e in record["cases"] if e["clock"] == "wall" and e["pair"] == "zeros/random")["gated"]
-    assert "caught" in capsys.readouterr().out
+    assert all(("gpu_states" in each) == (each["clock"] == "wall") for each in record["cases"] + record["controls"])
+    assert all(each["gpu_states"] == [state, state] for each in record["cases"][10:] + record["batch"])
+    said = capsys.readouterr().out
+    assert "caught" in said and "[1755 MHz, held back by software power cap]" in said
     late = timing.Run(measurements=100, walls=64, seconds=0, seed=1)
     with pytest.raises(TimeoutError):
         late.everything(batch=False)
