@@ -74,19 +74,11 @@ def functorch_is_active() -> bool:
 
 
 def apply_function(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` for where no functorch transform runs.
-
-    Without the wrapper that looks for a transform (2 microseconds), and of a class that has what `function` inherits as
-    its own: torch asks for its attributes by name at every call, and Python would look in one ancestor after the other.
-    The graph's nodes are those of `function`.
-    """
-    base = getattr(torch._C, "_FunctionBase", None)
-    if base is None or not issubclass(function, base):
+    """`function.apply` for where no functorch transform runs: the wrapper that looks for one costs 2 microseconds."""
+    try:
+        plain: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    except AttributeError:
         return function.apply
-    attributes: dict[str, Any] = {}
-    for ancestor in reversed([c for c in function.__mro__ if c not in (base, object)]):
-        attributes |= {n: a for n, a in vars(ancestor).items() if not n.startswith("__") and n != "apply"}
-    plain: Callable[..., Any] = type(function.__name__, (base,), {**attributes, "__slots__": ()}).apply  # type: ignore[attr-defined]
     return plain
 
 
