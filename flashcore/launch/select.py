@@ -198,8 +198,8 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
             continue
         if schedule and (single or not _counts(problem, m)):
             continue
-        if schedule and problem.is_causal and dim > 64 and m == 128 and registers == 128:
-            continue  # the diagonal and the next item together: spills
+        if schedule and problem.is_causal and dim > 80 and registers == 128:
+            continue  # the diagonal and the next item together spill
         configs.append(Config("hopper", m, n, warps, 1, schedule, registers))
     return tuple(configs)
 
@@ -344,18 +344,21 @@ def shipped(target: Target) -> Iterator[tuple[Problem, Config]]:
     """Every variant that is compiled before a release, for this GPU.
 
     What `select` answers for plain problems, and each configuration of the allow-list with what makes its largest
-    code: causal with lengths that no tile divides and lse, or else the most that it serves.
+    code: causal with lengths that no tile divides and lse, or else the most that it serves; the same with a narrower
+    last tile.
     """
-    plain = [_problem(head_dim=dim, seqlen_q=n) for dim in (32, 64, 80, 128, 256) for n in (128, 512)]
+    plain = [_problem(head_dim=dim, seqlen_q=n) for dim in (32, 64, 80, 128, 256) for n in (128, 257, 512)]
     plain += [_problem(torch.bfloat16, head_dim=64, heads_kv=2, seqlen_q=512, is_causal=c) for c in (False, True)]
     yield from dict.fromkeys((problem, select(problem, target)) for problem in plain)
     for dim in _HEAD_DIMS:
-        largest: dict[Config, Problem] = {}
-        for seqlen, is_causal, lse in ((197, True, True), (64, True, True), (512, False, True), (512, False, False)):
-            problem = _problem(head_dim=dim, seqlen_q=seqlen, is_causal=is_causal, return_lse=lse)
-            for config in candidates(problem, target):
-                largest.setdefault(config, problem)
-        yield from ((problem, config) for config, problem in largest.items())
+        largest: dict[tuple[Config, bool], Problem] = {}
+        for seqlen, is_causal in ((197, True), (64, True), (512, False), (224, False), (290, False)):
+            for lse in (True, False):
+                problem = _problem(head_dim=dim, seqlen_q=seqlen, is_causal=is_causal, return_lse=lse)
+                for config in candidates(problem, target):
+                    narrow = config.kernel == "hopper" and tail(problem, config.block_n) > 0
+                    largest.setdefault((config, narrow), problem)
+        yield from ((problem, config) for (config, _), problem in largest.items())
 
 
 def _problem(
