@@ -96,10 +96,24 @@ def score_scalars(problem: Problem, scale: float) -> dict[str, Scalar]:
     return scalars
 
 
-def length_pointers(problem: Problem) -> dict[str, Pointer | Scalar]:
+def length_pointers(problem: Problem, block_m: int) -> dict[str, Pointer | Scalar]:
     """The lengths that live on the device, and what they are held against, by parameter name."""
     if problem.packed is not None:
         total_q, total_k = problem.packed
         found: dict[str, Pointer | Scalar] = {n: Pointer(n, "*i32", False) for n in ("cu_seqlens_q", "cu_seqlens_k")}
-        return found | {"total_q": Scalar("i32", total_q), "total_k": Scalar("i32", total_k)}
+        found |= {"total_q": Scalar("i32", total_q), "total_k": Scalar("i32", total_k)}
+        return found | ({"sequences": Scalar("i32", problem.batch)} if packed_tiles(problem, block_m) else {})
     return {"seqused_k": Pointer("seqused_k", "*i32", False)} if problem.seqused_k else {}
+
+
+def packed_tiles(problem: Problem, block_m: int) -> int:
+    """Numbers of tiles of packed rows, where blocks look up whose rows theirs are; 0 where a block's place says so.
+
+    Sequence i has the numbers from first row // block_m + i on, enough whatever the lengths are, which only the device
+    knows. The other grid has the longest sequence's tiles for each: better while fewer than half of them are empty,
+    since looking up takes as many loads in a row as the number of sequences has bits.
+    """
+    if problem.packed is None:
+        return 0
+    numbers = problem.packed[0] // block_m + problem.batch
+    return numbers if -(-problem.seqlen_q // block_m) * problem.batch > 2 * numbers else 0

@@ -12,13 +12,22 @@ from flashcore.core.config import Config
 from flashcore.core.problem import Mask, Problem, Strides
 from flashcore.core.target import Target
 from flashcore.kernels.hopper.attention import attention_forward
-from flashcore.launch.binding import Binding, Pointer, Scalar, Tma, length_pointers, score_scalars
+from flashcore.launch.binding import (
+    Binding,
+    Pointer,
+    Scalar,
+    Tma,
+    length_pointers,
+    packed_tiles,
+    score_scalars,
+)
 from flashcore.launch.select import tail
 
 _REGISTERS = 65_536  # of an SM
 _RESERVED = 1024  # bytes of shared memory that CUDA keeps for itself in every block
 _OPTIONAL = (  # parameters that are None where the problem does not use them
-    "lse", "mask_desc", "seqused_k", "cu_seqlens_q", "cu_seqlens_k", "total_q", "total_k", "cap", "left", "right"
+    "lse", "mask_desc", "seqused_k", "cu_seqlens_q", "cu_seqlens_k", "total_q", "total_k", "sequences", "cap", "left",
+    "right",
 )  # fmt: skip
 _BARRIERS = 64  # bytes, rounded up
 _TYPES = {
@@ -67,7 +76,7 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
         args["lse"] = Pointer("lse", "*fp32", True)
     if p.mask is not None:
         args["mask_desc"] = _mask(p, p.mask, config)
-    args |= length_pointers(p)
+    args |= length_pointers(p, config.block_m)
     args |= score_scalars(p, scale)
     args |= {"longest_q": Scalar("i32", p.seqlen_q), "longest_k": Scalar("i32", p.seqlen_k)}
     for name, size in (("row_tiles", row_tiles), ("heads", p.heads_q), ("pairs", pairs)):
@@ -86,7 +95,9 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
         "MASK_B": int(p.mask is not None and p.mask.strides[0] != 0),
         "MASK_H": int(p.mask is not None and p.mask.strides[1] != 0),
     }  # fmt: skip
-    if persistent:
+    if numbers := packed_tiles(p, config.block_m):
+        grid = (numbers, p.heads_q, 1)
+    elif persistent:
         grid = (min(items, target.sms * blocks_per_sm(p, config, target)), 1, 1)
     elif p.is_causal:
         grid = (p.heads_q, row_tiles, p.batch)

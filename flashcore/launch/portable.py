@@ -10,7 +10,7 @@ from triton import JITFunction
 from flashcore.core.config import Config
 from flashcore.core.problem import Mask, Problem
 from flashcore.kernels.portable.attention import attention_forward
-from flashcore.launch.binding import Binding, Pointer, Scalar, length_pointers, score_scalars
+from flashcore.launch.binding import Binding, Pointer, Scalar, length_pointers, packed_tiles, score_scalars
 
 _MAX_GRID_Z = 65_535
 _FAR = 2**31 - 256  # elements from a tile's first row on, where the columns' part no longer fits 32 bits
@@ -18,7 +18,7 @@ _TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 _MASK_TYPES = {torch.bool: "*u8", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 _OPTIONAL = (  # parameters that are None where the problem does not use them
     "lse", "mask", "stride_mb", "stride_mh", "stride_mm", "stride_mn", "seqused_k", "cu_seqlens_q", "cu_seqlens_k",
-    "total_q", "total_k", "cap", "left", "right",
+    "total_q", "total_k", "sequences", "cap", "left", "right",
 )  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def bind(problem: Problem, config: Config, scale: float) -> Binding:
         *outer, key = p.mask.strides
         args |= {f"stride_m{axis}": Scalar("i64", s // mask_unit) for axis, s in zip("bhm", outer, strict=True)}
         args["stride_mn"] = Scalar("i64", key)
-    args |= length_pointers(p)
+    args |= length_pointers(p, config.block_m)
     args |= score_scalars(p, scale)
     for name, (batch, head, row) in strides.items():
         args[f"stride_{name}b"] = Scalar("i64", batch // unit)
@@ -53,7 +53,8 @@ def bind(problem: Problem, config: Config, scale: float) -> Binding:
 
     d, dv = columns(p.head_dim, p.aligned_rows), columns(p.head_dim_v, p.aligned_rows)
     tile = max(config.block_m, config.block_n)
-    fold = p.batch > _MAX_GRID_Z
+    numbers = packed_tiles(p, config.block_m)
+    fold = p.batch > _MAX_GRID_Z and not numbers
     constexprs: dict[str, Any] = dict.fromkeys(name for name in _OPTIONAL if name not in args)
     constexprs |= {
         "HEAD_DIM": p.head_dim, "HEAD_DIM_V": p.head_dim_v, "GROUP": p.group, "CAUSAL": p.is_causal,
@@ -74,7 +75,7 @@ def bind(problem: Problem, config: Config, scale: float) -> Binding:
         }  # fmt: skip
     tiles = -(-p.seqlen_q // config.block_m)
     fast, slow = (p.heads_q, tiles) if p.is_causal else (tiles, p.heads_q)
-    grid = (fast * p.batch, slow, 1) if fold else (fast, slow, p.batch)
+    grid = (numbers, p.heads_q, 1) if numbers else (fast * p.batch, slow, 1) if fold else (fast, slow, p.batch)
     # enable_fp_fusion: one FFMA for scale and maximum per score; its default is off from Triton 3.10 on.
     options: dict[str, Any] = {
         "num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True

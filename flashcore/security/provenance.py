@@ -2,9 +2,10 @@
 
 Lengths (seqused_k, cu_seqlens_q, cu_seqlens_k) are public, q, k, v and masks are not. Where a register's value may
 come from is followed from constant memory, where a kernel's parameters are, as taint.py follows data. A load is public
-where its address comes from pointers to lengths, from numbers and thread indices, and from no other pointer, no
-constant of unknown meaning, no loaded value and no matrix product. So an address mixed from public and secret pointers
-is secret, and a page table's entry makes a secret of what it points to.
+where its address comes from pointers to lengths, from numbers and thread indices, from what other public loads gave,
+and from no other pointer, no constant of unknown meaning, no other loaded value and no matrix product. So a search
+among lengths is public, an address mixed from public and secret pointers is secret, and so is what a page table's entry
+leads to.
 
 Only loads from global memory into registers count: what passes shared memory is secret, whatever it was. A store that
 may go through a pointer to lengths, or may store one, makes every load secret.
@@ -105,7 +106,11 @@ def public_loads(code: Code, where: Parameters) -> frozenset[int]:
     lengths = frozenset(i for i, (from_lengths, _) in enumerate(origins) if from_lengths)
     others = frozenset(i for i, (_, from_others) in enumerate(origins) if from_others)
     of_lengths = taint.reached_by(code, lengths, fresh=loads)  # no pointer to lengths is ever stored, see below
-    of_others = taint.reached_by(code, others | loads)
+    candidates = frozenset(
+        i for i, each in enumerate(code.instructions)
+        if each.opcode == "LDG" and each.addresses & (of_lengths[i] or 0) and not any(origins[i])
+    )  # fmt: skip
+    of_others = taint.reached_by(code, others | (loads - candidates))  # a candidate's value is as secret as its address
     found: list[int] = []
     for i, each in enumerate(code.instructions):
         from_lengths, from_others = of_lengths[i], of_others[i]
@@ -114,8 +119,7 @@ def public_loads(code: Code, where: Parameters) -> frozenset[int]:
         writes = each.opcode in sass.STORES - _INTO_SHARED or each.opcode.startswith("ATOM")
         if writes and each.uses & from_lengths:
             return frozenset()
-        of_lengths_alone = each.addresses & from_lengths and not each.addresses & from_others
-        if each.opcode == "LDG" and of_lengths_alone and not any(origins[i]):
+        if i in candidates and not each.addresses & from_others:
             found.append(i)
     return frozenset(found)
 

@@ -49,7 +49,8 @@ class Variant:
             f"S{p.seqlen_k}", "causal" if p.is_causal else "", "lse" if p.return_lse else "",
             "window" if p.window != (-1, -1) else "", "softcap" if p.softcap else "",
             f"mask:{_short(p.mask.dtype)}[{masks}]" if p.mask else "", "seqused_k" if p.seqused_k else "",
-            "cu_seqlens" if p.packed else "", "" if p.aligned else "unaligned",
+            "short" if p.packed and max(p.packed) < p.batch * p.seqlen_k else "", "cu_seqlens" if p.packed else "",
+            "" if p.aligned else "unaligned",
             "" if all(s % 8 == 0 for s in p.stride_q) else "odd",
             f"GQA{p.group}" if p.group > 1 else "", f"B{p.batch}" if p.batch != _BATCH else "",
             "wide" if max(p.stride_k) >= 2**24 else "", "scale<0" if self.negative else "",
@@ -104,7 +105,8 @@ def _combinations() -> Iterator[Problem]:
         if problem.options:
             yield problem
     for (is_causal, window), softcap in product(seen, (0.0, 30.0)):
-        yield replace(_packed(base), is_causal=is_causal, window=window, softcap=softcap)
+        for short in (False, True):
+            yield replace(_packed(base, short=short), is_causal=is_causal, window=window, softcap=softcap)
 
 
 def _most_options(target: Target) -> Iterator[Variant]:
@@ -112,7 +114,8 @@ def _most_options(target: Target) -> Iterator[Variant]:
     base = replace(_plain(), window=(64, 64), softcap=30.0)
     for kernel in select.KERNELS:
         yield from _chosen(replace(base, mask=_MASKS["fp16"], seqused_k=True), kernel, target)
-        yield from _chosen(_packed(base), kernel, target)
+        for short in (False, True):
+            yield from _chosen(_packed(base, short=short), kernel, target)
 
 
 def _layouts(target: Target) -> Iterator[Variant]:
@@ -170,8 +173,9 @@ def _sized(problem: Problem, dim: int) -> Problem:
     )  # fmt: skip
 
 
-def _packed(problem: Problem) -> Problem:
-    total = _BATCH * _SEQLEN
+def _packed(problem: Problem, *, short: bool = False) -> Problem:
+    """`short`: most of the sequences, so that blocks look up whose rows theirs are."""
+    total = _SEQLEN if short else _BATCH * _SEQLEN
     return _sized(replace(problem, packed=(total, total)), problem.head_dim)
 
 

@@ -142,8 +142,11 @@ def _packed(
     layouts: list[str],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     sequences, heads_q, heads_kv, dim, dim_v = sizes
-    count = detail.randint(1, min(6, sequences))
-    lengths = [_lengths(detail, longest if i == 0 else max(1, longest // 3), heads_q) for i in range(count)]
+    few = kind.random() < 0.7  # else one long sequence among many short ones, which get a grid of their own
+    count = detail.randint(1, min(6, sequences)) if few else detail.randint(8, 24)
+    others = max(1, longest // (3 if few else 24))
+    lengths = [_lengths(detail, longest if i == 0 else others, heads_q) for i in range(count)]
+    detail.shuffle(lengths)
     tensors, total, options = {}, [], {}
     for name, side in zip("qk", zip(*lengths, strict=True), strict=True):
         bounds = [detail.choice((0, 0, 3))]

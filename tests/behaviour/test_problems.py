@@ -23,8 +23,9 @@ from flashcore.core import target as targets
 from flashcore.core.errors import UnsupportedError
 from flashcore.launch import compiled, portable
 from flashcore.launch.arguments import Options, packed_problem_of, problem_of
+from flashcore.launch.binding import packed_tiles
 from flashcore.launch.select import select
-from flashcore.testing.problems import KIN, MASK_DTYPES, Call, draw, random_problem, repro, run, run_seed
+from flashcore.testing.problems import KIN, LONGEST, MASK_DTYPES, Call, draw, random_problem, repro, run, run_seed
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = 40  # rows, and keys, of a sequence
@@ -106,6 +107,18 @@ def test_every_option_meets_every_other() -> None:
     assert never == {frozenset({"cu_seqlens_q", name}) for name in ("attn_mask", "seqused_k", "bshd")}
     forms = ((False, True), (False, False), (True, True))
     assert masks == {(dtype, *form) for dtype in MASK_DTYPES for form in forms}
+
+
+@pytest.mark.parametrize(("longest", "block_m"), [(SMALL, 16), (LONGEST, 64)])
+def test_packed_sequences_meet_both_grids(longest: int, block_m: int) -> None:
+    met: Counter[bool] = Counter()
+    for seed in range(0, 200 * STEP, STEP):
+        if (call := random_problem(seed, longest)).packed:
+            q, k, v = (call.tensors[name] for name in "qkv")
+            most = call.options["max_seqlen_q"], call.options["max_seqlen_k"]
+            sequences = len(call.tensors["cu_seqlens_q"]) - 1
+            met[packed_tiles(packed_problem_of(q, k, v, None, sequences, *most, Options()), block_m) > 0] += 1
+    assert min(met[False], met[True]) > 5
 
 
 def test_a_problem_is_its_seed_s() -> None:

@@ -210,6 +210,19 @@ def test_a_box_is_a_power_of_two_columns(dim: int, columns: int, parts: tuple[in
     assert multiplied == [*parts, *parts] and dim <= sum(parts) <= columns
 
 
+def test_packed_sequences_of_which_most_are_short_are_looked_up() -> None:
+    even = problem(batch=8, seqlen_q=256, packed=(8 * 200, 8 * 200))
+    assert "sequences" not in bind(even).args and bind(even).grid == (4, 8, 8)
+    short = problem(batch=100, seqlen_q=1024, packed=(1024 + 99 * 8, 5000))
+    found = bind(short)
+    assert found.grid == (1816 // 64 + 100, 8, 1) and found.args["sequences"].value == 100
+    lengths = [1024, *[8] * 99]
+    first = [sum(lengths[:i]) for i in range(100)]
+    numbers = [row // 64 + i for i, row in enumerate(first)]
+    room = [b - a for a, b in zip(numbers, [*numbers[1:], found.grid[0]], strict=True)]
+    assert all(got >= -(-length // 64) for got, length in zip(room, lengths, strict=True))
+
+
 @pytest.mark.parametrize(
     ("keys", "block_n", "width"),
     [(256, 64, 0), (257, 64, 16), (272, 64, 16), (273, 64, 32), (288, 64, 32), (289, 64, 0), (257, 128, 16),

@@ -78,8 +78,18 @@ def test_anything_else_is_not(lines: list[str]) -> None:
     assert public(*lines) == []
 
 
-def test_what_a_length_points_to_is_secret() -> None:
-    assert public(*LENGTHS, LOAD, "IMAD.WIDE R4, R0, 0x4, c[0x0][0x188]", "LDG.E R6, [R4.64]") == [LOAD]
+SEARCH = [*LENGTHS, ".L_x_0:", LOAD, "IMAD.WIDE R2, R0, 0x4, c[0x0][0x188]", "BRA `(.L_x_0)"]
+
+
+def test_a_search_among_lengths_is_public_and_its_controls_are_not() -> None:
+    assert public(*SEARCH) == [LOAD]
+    assert public(*SEARCH[:-1], "LDS R8, [R9]", "IADD3 R2, R2, R8, RZ", SEARCH[-1]) == []
+    assert public(*SEARCH[:-1], "@P0 MOV R2, c[0x0][0x160]", SEARCH[-1]) == []
+
+
+def test_where_a_length_leads_to_elsewhere_is_secret() -> None:
+    for elsewhere in ("IMAD.WIDE R4, R0, 0x4, c[0x0][0x160]", "IMAD.WIDE R4, R0, 0x4, RZ"):
+        assert public(*LENGTHS, LOAD, elsewhere, "LDG.E R6, [R4.64]") == [LOAD]
 
 
 def test_without_lengths_nothing_is_public() -> None:

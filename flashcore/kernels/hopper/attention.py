@@ -58,6 +58,24 @@ def _rows_of(cu_seqlens, batch, total, longest):
 
 
 @gluon.jit
+def _number_of(cu_seqlens, batch, total, BLOCK_M: gl.constexpr):
+    """The first of a packed sequence's numbers of tiles: it has one for every BLOCK_M rows that it may touch."""
+    return gl.minimum(gl.maximum(gl.load(cu_seqlens + batch), 0), total) // BLOCK_M + batch
+
+
+@gluon.jit
+def _tile_of(number, cu_seqlens, sequences, total, BLOCK_M: gl.constexpr):
+    """(tile of rows, sequence) of a number; a tile past every end where it is before the first sequence's."""
+    low, high = sequences * 0, sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        reached = _number_of(cu_seqlens, middle, total, BLOCK_M) <= number
+        low, high = gl.where(reached, middle, low), gl.where(reached, high, middle)
+    tile = number - _number_of(cu_seqlens, low, total, BLOCK_M)
+    return gl.where(tile < 0, total // BLOCK_M + 1, tile), low
+
+
+@gluon.jit
 def _used(seqused_k, batch, longest, pred=True):
     """Number of keys of a sequence, within the tensor whatever seqused_k holds."""
     return gl.minimum(gl.maximum(gl.load(seqused_k + batch, mask=pred), 0), longest)
@@ -182,8 +200,9 @@ def _softmax(s, m, l, qk_scale, FIRST: gl.constexpr, EMPTY_ROWS: gl.constexpr, B
 
 @gluon.jit
 def attention_forward(
-    q_desc, k_desc, v_desc, o_desc, lse, mask_desc, seqused_k, cu_seqlens_q, cu_seqlens_k, total_q, total_k, qk_scale,
-    cap, left, right, longest_q, longest_k, row_tiles, per_row_tiles, heads, per_heads, pairs, per_pairs, items,
+    q_desc, k_desc, v_desc, o_desc, lse, mask_desc, seqused_k, cu_seqlens_q, cu_seqlens_k, total_q, total_k, sequences,
+    qk_scale, cap, left, right, longest_q, longest_k, row_tiles, per_row_tiles, heads, per_heads, pairs, per_pairs,
+    items,
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, SINGLE: gl.constexpr, TAIL: gl.constexpr,
     EMPTY_ROWS: gl.constexpr, NEGATE: gl.constexpr, PERSISTENT: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr, MORE_D: gl.constexpr, DV: gl.constexpr, MORE_DV: gl.constexpr,
@@ -201,7 +220,8 @@ def attention_forward(
     where its batch or head is. cap: of the scores, before the mask is added. qk_scale has a factor of log2(e), without
     the one where the scores get a bias, and 2 / cap where there is a cap. left, right: keys beside the diagonal.
     seqused_k, cu_seqlens_q, cu_seqlens_k: lengths on the device, of sequences of at most longest_q, longest_k rows. Of
-    these a persistent kernel takes seqused_k only.
+    these a persistent kernel takes seqused_k only. sequences: how many, where the grid is (numbers of tiles, heads) as
+    _tile_of has them.
     """
     dtype: gl.constexpr = q_desc.dtype
     BLOCK_D: gl.constexpr = q_desc.block_shape[-1]
@@ -265,6 +285,10 @@ def attention_forward(
             head = gl.program_id(1)
         batch = gl.program_id(2)
     gdc_wait()  # the set-up above overlaps with whatever ran before in the stream; it has now written its results
+    if sequences is not None:
+        number = gl.num_programs(0) - 1 - gl.program_id(0) if CAUSAL else gl.program_id(0)
+        row_tile, batch = _tile_of(number, cu_seqlens_q, sequences, total_q, BLOCK_M)
+        head = gl.program_id(1)
     seqlen_q, seqlen_k, first_q, first_k = longest_q, longest_k, 0, 0
     if cu_seqlens_q is not None:
         first_q, seqlen_q = _rows_of(cu_seqlens_q, batch, total_q, longest_q)
@@ -277,7 +301,7 @@ def attention_forward(
     if left is not None:
         begin, _ = _key_tiles(row_tile * BLOCK_M, seqlen_k, shift, left, right, BLOCK_M, BLOCK_N, CAUSAL)
     exists = True
-    if cu_seqlens_q is not None:  # the grid is made for the longest sequence
+    if cu_seqlens_q is not None:  # the grid is made for the longest sequence, or for any lengths
         exists = row_tile * BLOCK_M < seqlen_q
         items = exists.to(gl.int32)
     row = row_tile * BLOCK_M

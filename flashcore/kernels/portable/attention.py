@@ -93,6 +93,24 @@ def length_of(cu_seqlens, batch, total, longest):
 
 
 @triton.jit
+def number_of(cu_seqlens, batch, total, BLOCK_M: tl.constexpr):
+    """The first of a packed sequence's numbers of tiles: it has one for every BLOCK_M rows that it may touch."""
+    return tl.minimum(tl.maximum(tl.load(cu_seqlens + batch), 0), total) // BLOCK_M + batch
+
+
+@triton.jit
+def tile_of(number, cu_seqlens, sequences, total, BLOCK_M: tl.constexpr):
+    """(sequence, tile of its rows) of a number; a tile past every end where it is before the first sequence's."""
+    low, high = sequences * 0, sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        reached = number_of(cu_seqlens, middle, total, BLOCK_M) <= number
+        low, high = tl.where(reached, middle, low), tl.where(reached, high, middle)
+    tile = number - number_of(cu_seqlens, low, total, BLOCK_M)
+    return low, tl.where(tile < 0, total // BLOCK_M + 1, tile)
+
+
+@triton.jit
 def hide(scores, rows, keys, seqlen_k, last_key, left, right, CAUSAL: tl.constexpr):
     """Scores of keys that a row must not see, set to -inf; row i has its diagonal at key i + last_key."""
     if left is not None:
@@ -216,7 +234,7 @@ def attention_forward(
     stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_om,
     stride_mb, stride_mh, stride_mm, stride_mn,
-    heads, seqlen_q, seqlen_k, total_q, total_k,
+    heads, seqlen_q, seqlen_k, total_q, total_k, sequences,
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, GROUP: tl.constexpr, CAUSAL: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_N: tl.constexpr, STRIDE_UNIT: tl.constexpr, WIDE: tl.constexpr,
     FOLD_BATCH: tl.constexpr, SPLIT: tl.constexpr, NEGATE_Q: tl.constexpr, EMULATED: tl.constexpr,
@@ -231,8 +249,8 @@ def attention_forward(
 
     None where an option is not in use: mask (bytes of a bool, or floats to add), over the scores by its own strides;
     seqused_k int32 [B]; cu_seqlens_q, cu_seqlens_k int32 [B + 1] of packed q, o [total_q, Hq, D] and k, v
-    [total_k, Hkv, D], whose lse is [Hq, total_q] and whose seqlen_q, seqlen_k are the longest; left, right: keys
-    beside the diagonal.
+    [total_k, Hkv, D], whose lse is [Hq, total_q] and whose seqlen_q, seqlen_k are the longest; sequences: how many,
+    where the grid is (numbers of tiles, heads) as `tile_of` has them; left, right: keys beside the diagonal.
 
     qk_scale: softmax scale times log2(e), above 0: the row maximum is taken before scaling, and a hidden score,
         -inf, times 0 would be NaN. NEGATE_Q serves a negative scale; negation is exact. Without the factor of log2(e)
@@ -259,7 +277,12 @@ def attention_forward(
     if FOLD_BATCH:
         extent = heads if CAUSAL else tl.cdiv(seqlen_q, BLOCK_M)
         fast, batch = fast % extent, fast // extent
-    if CAUSAL:
+    if sequences is not None:
+        head = slow
+        number = tl.num_programs(0) - 1 - fast if CAUSAL else fast
+        batch, tile = tile_of(number, cu_seqlens_q, sequences, total_q, BLOCK_M)
+        start_m = tile * BLOCK_M
+    elif CAUSAL:
         head, start_m = fast, (tl.num_programs(1) - 1 - slow) * BLOCK_M
     else:
         head, start_m = slow, fast * BLOCK_M
@@ -276,7 +299,7 @@ def attention_forward(
     if cu_seqlens_q is not None:
         first_row, seqlen_q = length_of(cu_seqlens_q, batch, total_q, seqlen_q)
         first_key, seqlen_k = length_of(cu_seqlens_k, batch, total_k, seqlen_k)
-        if start_m >= seqlen_q:  # the grid is made for the longest sequence
+        if start_m >= seqlen_q:  # the grid is made for the longest sequence, or for any lengths
             return
         q += first_row.to(tl.int64) * stride_qm
         o += first_row.to(tl.int64) * stride_om
