@@ -5,9 +5,9 @@
    bytes, and the parameters of the kernel are patched into a copy of a prepared block.
 
    A call is served only where nothing has to see it: exact tensor types, the thread's dispatch keys as they were when
-   the entry was added, no forward-mode level, the context of the tensors' device. One that needs a gradient is handed
-   to autograd, which calls here again. Everything else returns None, and the caller goes the Python way. No header but
-   Python's is needed, and libcuda is not linked: all foreign functions arrive as addresses.
+   the entry was added, no forward-mode level, the context of the tensors' device. One that needs a gradient is launched
+   and then handed to autograd, whose forward finds the results here. Everything else returns None, and the caller goes
+   the Python way. No header but Python's is needed, and libcuda is not linked: all foreign functions arrive as addresses.
 
    One file, though it is long: Triton's machinery builds an extension from one source. */
 #define PY_SSIZE_T_CLEAN
@@ -108,17 +108,27 @@ typedef struct Entry {
   uint8_t *block;
   PyObject *out_size, *out_stride, *out_dtype, *lse_size, *lse_stride, *lse_dtype;
   PyObject *apply;          /* apply(q, k, v, extra, extra) is the call with gradients; NULL = not known */
+  struct Entry *forward;    /* what that launches: this entry, or the same with lse, of which it counts as a user */
 } Entry;
+
+/* The results of a call on its way through apply to its forward. */
+typedef struct Pending {
+  struct Pending *outer;
+  PyObject *const *given; /* the arguments of apply */
+  PyObject *out, *lse;    /* given away by forward */
+} Pending;
 
 static Entry *buckets[BUCKETS];
 static Entry *by_age[MAX_ENTRIES]; /* the entry that a new one replaces is at `oldest` */
 static int oldest;
+static __thread Pending *pending;
 
 /* -- what `setup` is given ---------------------------------------------------------------------------------------- */
 
 static const DLExchange *exchange;
 static PyTypeObject *tensor_type, *parameter_type;
 static PyObject *empty_strided, *forward_ad, *name_level, *name_requires_grad, *name_address, *name_save, *name_materialize;
+static PyObject *saved_attribute; /* what save_for_backward sets, NULL = not known */
 static _Bool (*grad_mode)(void);
 static int (*get_context)(void **);
 static int (*launch_kernel)(const LaunchConfig *, void *, void **, void **);
@@ -307,6 +317,27 @@ static void read_addresses(const DLTensor *t, uintptr_t *addresses) {
     if (t[i].ndim >= 0) addresses[i <= OUT ? i : i + 1] = address_of(&t[i]);
 }
 
+/* A call with gradients: launched first, so that forward has nothing to look at again. */
+static PyObject *differentiate(Entry *e, PyObject *const *a, uintptr_t *addresses) {
+  if (a[OUT] != Py_None || !e->apply) Py_RETURN_NONE;
+  PyObject *given[] = {a[0], a[1], a[2], a[OUT + 1], a[OUT + 2]}, *result = NULL;
+  size_t count = a[OUT + 1] == Py_None && a[OUT + 2] == Py_None ? 3 : 5;
+  PyObject *apply = Py_NewRef(e->apply);
+  Entry *launched = e->forward;
+  Pending call = {pending, given, NULL, NULL};
+  launched->users++;
+  if (!compute(launched, addresses, &call.out, &call.lse)) {
+    pending = &call;
+    result = PyObject_Vectorcall(apply, given, count, NULL);
+    pending = call.outer;
+  }
+  leave(launched);
+  Py_XDECREF(call.out);
+  Py_XDECREF(call.lse);
+  Py_DECREF(apply);
+  return result;
+}
+
 /* attend(q, k, v, out, extra, extra, *options) -> what attention() returns, or None where the Python path has to
    serve. */
 static PyObject *attend(PyObject *module, PyObject *const *a, Py_ssize_t n) {
@@ -325,11 +356,7 @@ static PyObject *attend(PyObject *module, PyObject *const *a, Py_ssize_t n) {
   PyObject *out, *lse = NULL, *result = NULL;
   e->users++; /* what follows may let other threads run */
   if (needs_gradient(a)) {
-    PyObject *arguments[] = {a[0], a[1], a[2], a[OUT + 1], a[OUT + 2]};
-    size_t count = a[OUT + 1] == Py_None && a[OUT + 2] == Py_None ? 3 : 5;
-    PyObject *apply = a[OUT] == Py_None ? Py_XNewRef(e->apply) : NULL;
-    result = apply ? PyObject_Vectorcall(apply, arguments, count, NULL) : Py_NewRef(Py_None);
-    Py_XDECREF(apply);
+    result = differentiate(e, a, addresses);
   } else {
     out = a[OUT] == Py_None ? NULL : a[OUT];
     if (!compute(e, addresses, &out, &lse)) result = lse ? PyTuple_Pack(2, out, lse) : Py_NewRef(out);
@@ -344,53 +371,55 @@ static PyObject *attend(PyObject *module, PyObject *const *a, Py_ssize_t n) {
 
 static void leave_handle(PyObject *handle) { leave(PyCapsule_GetPointer(handle, "entry")); }
 
-/* forward(ctx, q, k, v[, extra, extra]), made by forward_of. */
-static PyObject *forward(PyObject *self, PyObject *const *a, Py_ssize_t n) {
-  Entry *e = PyCapsule_GetPointer(PyTuple_GET_ITEM(self, 0), "entry");
-  PyObject *otherwise = PyTuple_GET_ITEM(self, 1);
-  int keeps = PyTuple_GET_ITEM(self, 2) == Py_True, gives_lse = PyTuple_GET_ITEM(self, 3) == Py_True;
-  if (n != 4 && n != 6) return PyObject_Vectorcall(otherwise, a, (size_t)n, NULL);
-  PyObject *given[GIVEN] = {a[1], a[2], a[3], Py_None, n == 6 ? a[4] : Py_None, n == 6 ? a[5] : Py_None};
-  DLTensor t[GIVEN];
-  uintptr_t addresses[TENSORS] = {0};
-  int same = view_all(given, t);
-  for (int i = 0; same && i < GIVEN; i++) same = looks_like(&t[i], &e->looks[i], e);
-  if (same) read_addresses(t, addresses);
-  if (!same || memcmp(&e->keys, &thread_keys, sizeof e->keys) || !addresses_fit(e, addresses) || !ordinary(e))
-    return PyObject_Vectorcall(otherwise, a, (size_t)n, NULL);
-
-  PyObject *out = NULL, *lse = NULL, *result = NULL, *done = NULL;
-  if (!compute(e, addresses, &out, &lse)) {
-    PyObject *kept[] = {a[0], given[0], given[1], given[2], given[4], given[5], out, lse};
-    PyObject *off[] = {a[0], Py_False};
-    done = PyObject_VectorcallMethod(name_save, kept, keeps ? 8 : 6, NULL);
-    if (done && gives_lse) {
-      Py_DECREF(done);
-      done = PyObject_VectorcallMethod(name_materialize, off, 2, NULL);
-    }
-    if (done) result = gives_lse ? PyTuple_Pack(2, out, lse) : Py_NewRef(out);
+/* ctx.save_for_backward(*tensors), given ctx and the tensors; or what that does. */
+static int save(PyObject *const *a, Py_ssize_t n) {
+  PyObject *done = NULL;
+  int failed = 1;
+  if (!saved_attribute)
+    failed = !(done = PyObject_VectorcallMethod(name_save, a, (size_t)n, NULL));
+  else if ((done = PyTuple_New(n - 1))) {
+    for (Py_ssize_t i = 1; i < n; i++) PyTuple_SET_ITEM(done, i - 1, Py_NewRef(a[i]));
+    failed = PyObject_SetAttr(a[0], saved_attribute, done);
   }
   Py_XDECREF(done);
-  Py_XDECREF(out);
+  return failed;
+}
+
+/* forward(ctx, q, k, v[, extra, extra]), made by forward_of. */
+static PyObject *forward(PyObject *self, PyObject *const *a, Py_ssize_t n) {
+  Pending *call = pending;
+  if (!call || !call->out || (n != 4 && n != 6) || memcmp(a + 1, call->given, (size_t)(n - 1) * sizeof *a))
+    return PyObject_Vectorcall(PyTuple_GET_ITEM(self, 0), a, (size_t)n, NULL);
+  int keeps = PyTuple_GET_ITEM(self, 1) == Py_True, gives_lse = PyTuple_GET_ITEM(self, 2) == Py_True;
+  PyObject *out = call->out, *lse = call->lse, *result = NULL;
+  call->out = call->lse = NULL;
+  PyObject *kept[8];
+  memcpy(kept, a, (size_t)n * sizeof *a);
+  kept[n] = out;
+  kept[n + 1] = lse;
+  int failed = save(kept, keeps ? n + 2 : n);
+  if (!failed && gives_lse) {
+    PyObject *off[] = {a[0], Py_False};
+    PyObject *done = PyObject_VectorcallMethod(name_materialize, off, 2, NULL);
+    failed = !done;
+    Py_XDECREF(done);
+  }
+  if (!failed) result = gives_lse ? PyTuple_Pack(2, out, lse) : Py_NewRef(out);
+  Py_DECREF(out);
   Py_XDECREF(lse);
   return result;
 }
 
 static PyMethodDef forward_definition = {"forward", (PyCFunction)(void *)forward, METH_FASTCALL, NULL};
 
-/* forward_of(handle of `add`, otherwise, keeps, gives_lse) -> forward of a Function. It saves q, k, v, both extra tensors
-   and, where it keeps them, the output and lse, and gives the output, or (output, lse). Tensors that do not look like
-   the entry's go to otherwise(ctx, q, k, v[, extra, extra]). */
+/* forward_of(otherwise, keeps, gives_lse) -> forward of a Function. Called on the way from `attend` it saves the tensors
+   that it is given and, where it keeps them, the output and lse, and gives the output, or (output, lse). From elsewhere
+   it is otherwise(ctx, q, k, v[, extra, extra]). */
 static PyObject *forward_of(PyObject *module, PyObject *args) {
   (void)module;
-  PyObject *handle, *otherwise, *keeps, *gives_lse;
-  if (!PyArg_ParseTuple(args, "OOO!O!", &handle, &otherwise, &PyBool_Type, &keeps, &PyBool_Type, &gives_lse)) return NULL;
-  if (!PyCapsule_IsValid(handle, "entry")) {
-    PyErr_SetString(PyExc_ValueError, "forward_of: expected what add gave");
-    return NULL;
-  }
-  PyObject *function = PyCFunction_New(&forward_definition, args);
-  return function;
+  PyObject *otherwise, *keeps, *gives_lse;
+  if (!PyArg_ParseTuple(args, "OO!O!", &otherwise, &PyBool_Type, &keeps, &PyBool_Type, &gives_lse)) return NULL;
+  return PyCFunction_New(&forward_definition, args);
 }
 
 /* -- adding and removing entries ---------------------------------------------------------------------------------- */
@@ -408,6 +437,14 @@ static void drop(Entry *e) {
   PyMem_Free(e);
 }
 
+/* No more gradients by this entry; other code may run. */
+static void forget_apply(Entry *e) {
+  Entry *launched = e->forward;
+  e->forward = NULL;
+  Py_CLEAR(e->apply);
+  if (launched) leave(launched);
+}
+
 static void retire(int age) {
   Entry *e = by_age[age];
   by_age[age] = NULL;
@@ -417,7 +454,7 @@ static void retire(int age) {
   *at = e->next;
   e->unlinked = 1;
   e->users++;
-  Py_CLEAR(e->apply); /* which may hold the entry by its handle */
+  forget_apply(e);
   leave(e);
 }
 
@@ -498,7 +535,7 @@ static void look_at(Entry *e, int i, const DLTensor *t) {
 }
 
 /* add(tensors, options, aligned, extra_aligned, outputs, context, function, (gx, gy, gz, threads, shared), attributes,
-       block, offsets, slots) -> handle for forward_of and set_apply, or None: serve calls that look like this one from now
+       block, offsets, slots) -> handle for set_apply, or None: serve calls that look like this one from now
    on. `tensors` is (q, k, v, out, extra, extra), None = left out; `outputs` is (size, stride, dtype, lse size or None,
    lse stride, lse dtype); `slots` has (offset in the block or -1, encoder or None) for q, k, v, out, lse, extra, extra. */
 static PyObject *add(PyObject *module, PyObject *args) {
@@ -555,25 +592,32 @@ static PyObject *add(PyObject *module, PyObject *args) {
   return handle;
 }
 
-/* set_apply(handle, apply): apply(q, k, v[, extra, extra]) serves the calls of this entry that need gradients. */
+/* set_apply(handle, handle of what is launched, apply): apply(q, k, v[, extra, extra]), whose forward is one of
+   forward_of, serves the calls of this entry that need gradients. */
 static PyObject *set_apply(PyObject *module, PyObject *args) {
   (void)module;
-  PyObject *handle, *apply;
-  if (!PyArg_ParseTuple(args, "OO", &handle, &apply)) return NULL;
+  PyObject *handle, *launched, *apply;
+  if (!PyArg_ParseTuple(args, "OOO", &handle, &launched, &apply)) return NULL;
   Entry *e = PyCapsule_GetPointer(handle, "entry");
-  if (!e) return NULL;
-  if (!e->unlinked) Py_XSETREF(e->apply, Py_NewRef(apply));
+  Entry *forward = e ? PyCapsule_GetPointer(launched, "entry") : NULL;
+  if (!forward) return NULL;
+  forget_apply(e);
+  if (!e->unlinked) {
+    forward->users++;
+    e->forward = forward;
+    e->apply = Py_NewRef(apply);
+  }
   Py_RETURN_NONE;
 }
 
-/* setup(exchange capsule, Tensor, Parameter, empty_strided, forward_ad module, grad mode, cuCtxGetCurrent,
-   cuLaunchKernelEx), the last three as addresses. */
+/* setup(exchange capsule, Tensor, Parameter, empty_strided, forward_ad module, the attribute that save_for_backward sets or
+   None, grad mode, cuCtxGetCurrent, cuLaunchKernelEx), the last three as addresses. */
 static PyObject *setup(PyObject *module, PyObject *args) {
   (void)module;
-  PyObject *capsule, *tensor, *parameter, *empty, *level;
+  PyObject *capsule, *tensor, *parameter, *empty, *level, *saved;
   unsigned long long mode, context, kernel;
-  if (!PyArg_ParseTuple(args, "OO!O!OOKKK", &capsule, &PyType_Type, &tensor, &PyType_Type, &parameter, &empty, &level,
-                        &mode, &context, &kernel))
+  if (!PyArg_ParseTuple(args, "OO!O!OOOKKK", &capsule, &PyType_Type, &tensor, &PyType_Type, &parameter, &empty, &level,
+                        &saved, &mode, &context, &kernel))
     return NULL;
   const DLExchange *x = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
   if (!x) return NULL;
@@ -586,6 +630,7 @@ static PyObject *setup(PyObject *module, PyObject *args) {
   parameter_type = (PyTypeObject *)Py_NewRef(parameter);
   empty_strided = Py_NewRef(empty);
   forward_ad = Py_NewRef(level);
+  saved_attribute = saved == Py_None ? NULL : Py_NewRef(saved);
   name_level = PyUnicode_InternFromString("_current_level");
   name_requires_grad = PyUnicode_InternFromString("requires_grad");
   name_address = PyUnicode_InternFromString("address");

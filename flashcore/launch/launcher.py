@@ -375,8 +375,8 @@ def _no_keys(
     shape: tuple[int, ...], rows: tuple[int, ...] | None, dtype: torch.dtype, device: torch.device,
     longest: int | None = None,
 ) -> Run:
-    """Runs calls that read nothing: every row gives 0 and lse -inf; of packed sequences, of at most `longest` rows, every
-    row of a sequence does.
+    """Runs calls that read nothing: every row gives 0 and lse -inf. `longest`, given where sequences are packed: their
+    rows at most; rows of no sequence are not written.
     """
 
     def run(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, *extras: Tensor | None) -> Result:
@@ -393,7 +393,7 @@ def _no_keys(
 
 
 def _rows_of_sequences(cu_seqlens: Tensor, total: int, longest: int) -> Tensor:
-    """Which of `total` rows belong to a sequence, bool [total]: what the kernels make of any cu_seqlens, on its device."""
+    """bool [total], which rows belong to a sequence: what the kernels make of any cu_seqlens, without a look at it."""
     bounds = cu_seqlens.long()
     first = bounds[:-1].clamp(0, total)
     end = torch.minimum(torch.maximum(bounds[1:].clamp(max=total), first), first + longest)

@@ -235,9 +235,10 @@ def serve(
         if how is not None and not call.options.return_lse:
             inner, with_lse = prepare(call.options._replace(return_lse=True))
             inner_entry = launcher.remember_compiled(given, (*asked[:4], True, *asked[5:]), with_lse)
-        apply = _graph(inner, inner_entry, call, how)
-        if entry is not None and inner_entry is not None:
-            shim.differentiate(entry, apply)
+        compiled = entry is not None and inner_entry is not None
+        apply = _graph(inner, call, how, compiled=compiled)
+        if compiled:
+            shim.differentiate(entry, inner_entry, apply)
         run = _with_gradients(run, apply)
     launcher.remember(key, given, run)
     return run
@@ -253,28 +254,26 @@ def _with_gradients(run: launcher.Run, apply: Callable[..., Any]) -> launcher.Ru
             return run(q, k, v, out, a, b)
         if out is not None:
             return None  # refused by what looks at the call next
-        return apply(q, k, v, a, b)
+        return apply(q, k, v) if a is None and b is None else apply(q, k, v, a, b)
 
     return call
 
 
-def _graph(
-    run: launcher.Run, entry: shim.Entry | None, call: gradients.Call, how: str | None
-) -> Callable[..., Any]:
+def _graph(run: launcher.Run, call: gradients.Call, how: str | None, *, compiled: bool) -> Callable[..., Any]:
     """apply(q, k, v[, extra, extra]) of an autograd.Function for calls that look like one seen before.
 
     The operators have the same gradients registered but take longer to get there.
 
     Args:
         run: computes the call, with lse where `how` or the caller wants it.
-        entry: the same in the compiled shim, if it serves it.
         how: what gradients.route says.
+        compiled: whether the compiled shim serves it, too.
     """
     gives_lse, keeps = call.options.return_lse, how is not None
 
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Any:
-        result: Any = run(q, k, v, None, a, b)
-        ctx.save_for_backward(q, k, v, a, b, *(result if keeps else ()))
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *extra: Tensor | None) -> Any:
+        result: Any = run(q, k, v, None, *(extra or (None, None)))
+        ctx.save_for_backward(q, k, v, *extra, *(result if keeps else ()))
         if gives_lse:
             ctx.set_materialize_grads(False)
         return result[0] if keeps and not gives_lse else result
@@ -283,8 +282,8 @@ def _graph(
         found = (*_backward(ctx, call, how, grad_out, grad_lse), None)
         return found[: len(ctx.needs_input_grad)]
 
-    compiled = None if entry is None else shim.forward(entry, forward, keeps=keeps, gives_lse=gives_lse)
-    methods = {"forward": staticmethod(compiled or forward), "backward": staticmethod(backward)}
+    outer = shim.forward(forward, keeps=keeps, gives_lse=gives_lse) if compiled else forward
+    methods = {"forward": staticmethod(outer), "backward": staticmethod(backward)}
     return apply_function(type("Attention", (torch.autograd.Function,), methods))
 
 
@@ -316,12 +315,15 @@ class Transformable(torch.autograd.Function):
 def _backward(
     ctx: Any, call: gradients.Call, how: str | None, grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of q, k, v and the mask from what a context has kept: q, k, v, two more, output and lse."""
+    """The gradients of q, k, v and the mask from what a context has kept: q, k, v, two more if the call has them, and
+    output and lse if `how` reads them.
+    """
     grad_lse = grad_lse if call.options.return_lse else None
     if grad_out is None and grad_lse is None:
         return (None,) * 4
-    q, k, v, a, b, *results = ctx.saved_tensors
-    out, lse = results or (None, None)
+    q, k, v, *rest = ctx.saved_tensors
+    out, lse = (rest.pop(-2), rest.pop()) if how is not None else (None, None)
+    a, b = rest or (None, None)
     wants_mask = call.longest is None and a is not None and ctx.needs_input_grad[3]
     return gradients.backward(call, how, q, k, v, (a, b), out, lse, grad_out, grad_lse, wants_mask=wants_mask)
 

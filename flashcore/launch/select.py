@@ -139,9 +139,9 @@ _HOPPER: dict[int, tuple[tuple[_Tile, ...], tuple[_Tile, ...], tuple[_Tile, ...]
     64: (((64, 128, 4, 128), (128, 128, 8, 128), (64, 64, 4, 96), (64, 256, 4, 255)),
          ((64, 64, 4, 96), (64, 128, 4, 168)),
          ((64, 64, 4, 128), (64, 128, 4, 168), (128, 64, 8, 128))),
-    96: (((64, 64, 4, 128), (64, 128, 4, 168)),
-         ((64, 64, 4, 128),),
-         ((64, 64, 4, 128), (64, 128, 4, 255))),
+    96: (((128, 64, 8, 128), (64, 64, 4, 128), (64, 128, 4, 168)),
+         ((128, 64, 8, 128), (64, 64, 4, 128)),
+         ((128, 64, 8, 128), (64, 64, 4, 128), (64, 128, 4, 255))),
     128: (((64, 64, 4, 168), (64, 128, 4, 255), (128, 128, 8, 255), (64, 64, 4, 128)),
           ((64, 64, 4, 168), (64, 128, 4, 255)),
           ((64, 64, 4, 168), (64, 128, 4, 255), (128, 128, 8, 255))),
@@ -151,7 +151,7 @@ _HOPPER: dict[int, tuple[tuple[_Tile, ...], tuple[_Tile, ...], tuple[_Tile, ...]
 _HOPPER_OPTIONS: dict[int, tuple[tuple[_Tile, ...], tuple[_Tile, ...], tuple[_Tile, ...]]] = {
     32: (((64, 64, 4, 96), (64, 128, 4, 168), (64, 64, 4, 128)), ((64, 64, 4, 128),), ((64, 64, 4, 168),)),
     64: (((64, 64, 4, 96), (64, 128, 4, 168), (64, 64, 4, 128)), ((64, 64, 4, 128),), ((64, 64, 4, 168),)),
-    96: (((64, 64, 4, 128),), ((64, 64, 4, 168),), ((64, 64, 4, 255),)),
+    96: (((128, 64, 8, 128), (64, 64, 4, 128)), ((64, 64, 4, 168),), ((64, 64, 4, 255),)),
     128: (((64, 64, 4, 168), (64, 128, 4, 255)), ((64, 64, 4, 168),), ((64, 64, 4, 255),)),
 }  # fmt: skip
 
@@ -198,6 +198,8 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
             continue
         if schedule and (single or not _counts(problem, m)):
             continue
+        if schedule and problem.is_causal and dim > 80 and registers == 128:
+            continue  # the diagonal and the next item together spill
         configs.append(Config("hopper", m, n, warps, 1, schedule, registers))
     return tuple(configs)
 
@@ -305,6 +307,9 @@ def _listed(row: lookup.Row, target: Target) -> tuple[Config, ...] | None:
 def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
     """The Hopper kernel's first configuration where it serves, as blocks that stay for up to four items each.
 
+    128 rows for head dimensions between 64 and 96, where there is a block for every SM: rows of K and V then lie across
+    the L2's lines, and TMA's requests bind, which 128 rows halve. Else 64.
+
     Of the portable kernel the tile nearest to what the shape asks for; the first in the list among equals.
     Rows: 64, the most that 4 warps hold without sharing rows, so that several blocks share an SM and hide each
     other's loads. 128 where that still leaves two blocks for every SM: K and V then pass L2 half as often. Less
@@ -319,6 +324,8 @@ def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
     ours = [c for c in configs if c.kernel == "hopper"]
     if ours:
         stays = "persistent" if 1 < blocks(64) / (4 * target.sms) <= 4 and p.seqlen_k > 128 else ""
+        wide = 64 < max(p.head_dim, p.head_dim_v) <= 96 and blocks(128) >= target.sms
+        ours = [c for c in ours if (c.block_m == 128) == wide] or ours
         return next((c for c in ours if c.schedule == stays), ours[0])
     rows = 64
     if p.seqlen_q >= 256 and blocks(128) >= 2 * target.sms and target.arch < 90:
@@ -337,18 +344,21 @@ def shipped(target: Target) -> Iterator[tuple[Problem, Config]]:
     """Every variant that is compiled before a release, for this GPU.
 
     What `select` answers for plain problems, and each configuration of the allow-list with what makes its largest
-    code: causal with lengths that no tile divides and lse, or else the most that it serves.
+    code: causal with lengths that no tile divides and lse, or else the most that it serves; the same with a narrower
+    last tile.
     """
-    plain = [_problem(head_dim=dim, seqlen_q=n) for dim in (32, 64, 80, 128, 256) for n in (128, 512)]
+    plain = [_problem(head_dim=dim, seqlen_q=n) for dim in (32, 64, 80, 128, 256) for n in (128, 257, 512)]
     plain += [_problem(torch.bfloat16, head_dim=64, heads_kv=2, seqlen_q=512, is_causal=c) for c in (False, True)]
     yield from dict.fromkeys((problem, select(problem, target)) for problem in plain)
     for dim in _HEAD_DIMS:
-        largest: dict[Config, Problem] = {}
-        for seqlen, is_causal, lse in ((197, True, True), (64, True, True), (512, False, True), (512, False, False)):
-            problem = _problem(head_dim=dim, seqlen_q=seqlen, is_causal=is_causal, return_lse=lse)
-            for config in candidates(problem, target):
-                largest.setdefault(config, problem)
-        yield from ((problem, config) for config, problem in largest.items())
+        largest: dict[tuple[Config, bool], Problem] = {}
+        for seqlen, is_causal in ((197, True), (64, True), (512, False), (224, False), (290, False)):
+            for lse in (True, False):
+                problem = _problem(head_dim=dim, seqlen_q=seqlen, is_causal=is_causal, return_lse=lse)
+                for config in candidates(problem, target):
+                    narrow = config.kernel == "hopper" and tail(problem, config.block_n) > 0
+                    largest.setdefault((config, narrow), problem)
+        yield from ((problem, config) for (config, _), problem in largest.items())
 
 
 def _problem(

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 from flashcore.core.problem import Problem
 from flashcore.launch import driver
 from flashcore.launch.packet import Launch
-from flashcore.launch.torch_private import empty_strided_cuda
+from flashcore.launch.torch_private import empty_strided_cuda, saved_attribute
 
 _NAME = "_flashcore_shim"
 _EXTRA = (("mask", "seqused_k"), ("cu_seqlens_q", "cu_seqlens_k"))  # of dense tensors, and of packed sequences
@@ -80,7 +80,7 @@ def add(
     """Let the shim serve calls that look like this one: `tensors` is (q, k, v, out, extra, extra), None = left out.
 
     Returns:
-        The entry for `forward` and `differentiate`, None where there is none.
+        The entry for `differentiate`, None where there is none.
     """
     template = launch.template
     if _module is None or template is None:
@@ -98,19 +98,22 @@ def add(
     )  # fmt: skip
 
 
-def forward(entry: Entry, otherwise: Callable[..., Any], *, keeps: bool, gives_lse: bool) -> Callable[..., Any]:
-    """The forward of an autograd.Function that launches what `entry` does.
+def forward(otherwise: Callable[..., Any], *, keeps: bool, gives_lse: bool) -> Callable[..., Any]:
+    """The forward of an autograd.Function for `differentiate`.
 
-    It saves q, k, v, two more tensors or None and, where it `keeps` them, the output and lse. Calls that do not look
-    like the entry's go to otherwise(ctx, q, k, v[, extra, extra]).
+    For a call that the shim has launched it saves the tensors given and, where it `keeps` them, the output and lse.
+    Other calls go to otherwise(ctx, q, k, v[, extra, extra]).
     """
-    made: Callable[..., Any] = _module.forward_of(entry, otherwise, keeps, gives_lse)
+    made: Callable[..., Any] = _module.forward_of(otherwise, keeps, gives_lse)
     return made
 
 
-def differentiate(entry: Entry, apply: Callable[..., Any]) -> None:
-    """Let apply(q, k, v[, extra, extra]) serve those calls of `entry` that need gradients."""
-    _module.set_apply(entry, apply)
+def differentiate(entry: Entry, launched: Entry, apply: Callable[..., Any]) -> None:
+    """Let apply(q, k, v[, extra, extra]) serve those calls of `entry` that need gradients.
+
+    They launch what `launched` does, and the Function's forward is one that `forward` made.
+    """
+    _module.set_apply(entry, launched, apply)
 
 
 def forget() -> None:
@@ -189,7 +192,8 @@ def _set_up(
         launch_kernel = _address(driver.library().cuLaunchKernelEx)
     exchange = Tensor.__dlpack_c_exchange_api__
     module.setup(
-        exchange, Tensor, torch.nn.Parameter, empty_strided, forward_ad, grad_mode, get_context, launch_kernel
+        exchange, Tensor, torch.nn.Parameter, empty_strided, forward_ad, saved_attribute, grad_mode, get_context,
+        launch_kernel,
     )  # fmt: skip
 
 

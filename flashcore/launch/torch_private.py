@@ -97,6 +97,8 @@ def _documented_modes() -> int:
 raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _documented_stream)
 current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _documented_modes)
+# The attribute of a Function's context that save_for_backward sets; None = that is to be called.
+saved_attribute: str | None = "to_save" if hasattr(getattr(torch._C, "_FunctionBase", None), "to_save") else None
 empty_strided_cuda: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], Tensor] = getattr(
     _dynamo, "_empty_strided_cuda", _documented_empty
 )

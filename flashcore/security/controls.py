@@ -56,17 +56,18 @@ CONTROLS: dict[str, dict[str, Mutant]] = {
         "rescale": Mutant(
             "conditional rescale, hopper",
             _HOPPER,
-            "acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, out_layout), assert_trivial=True)[:, None]",
-            """if gl.max(base - m, 0) > 8.0:
-            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, out_layout), assert_trivial=True)[:, None]""",
+            "                    acc = _times(acc, alpha)\n",
+            """                    if gl.min(alpha, 0) < 0.00390625:
+                        acc = _times(acc, alpha)
+""",
         ),
         "mask": Mutant(
             "skipped mask, hopper",
             _HOPPER,
-            "                s = _apply_mask(s, mask, qk_scale if cap is None else 1.0)",
-            """                if gl.max(gl.max(mask.to(gl.float32), 1), 0) > 0:
-                    s = gl.exp2(s)
-                s = _apply_mask(s, mask, qk_scale if cap is None else 1.0)""",
+            "                    s = _apply_mask(s, mask, qk_scale if cap is None else 1.0)",
+            """                    if gl.max(gl.max(mask.to(gl.float32), 1), 0) > 0:
+                        s = gl.exp2(s)
+                    s = _apply_mask(s, mask, qk_scale if cap is None else 1.0)""",
         ),
         "length": Mutant(
             "length of data, hopper",

@@ -28,7 +28,6 @@ def _binding(name: str, old: str, new: str, trial: str = "plain") -> HopperMutan
     return HopperMutant(name, BINDING, old, new, trial)
 
 
-_ALPHA = "gl.convert_layout(alpha, gl.SliceLayout(1, {}_layout), assert_trivial=True)[:, None]"
 _FIRST = "batch, head // GROUP, first_k, length, longest_k, key, {0}_full, {0}_box, exists"
 
 _PLANTED = (
@@ -37,14 +36,16 @@ _PLANTED = (
     _kernel("maximum not scaled", "gl.max(s, 1) * qk_scale", "gl.max(s, 1)"),
     _kernel("rescale upside down", "else m - base)", "else base - m)"),
     _kernel("rescale beside a bias in base 2", "gl.exp2((m - base) * LOG2E if", "gl.exp2((m - base) if", "bias"),
-    _kernel("sum not rescaled", f"l = l * {_ALPHA.format('sums')} + sums", "l = l + sums"),
-    _kernel("accumulator not rescaled", f"acc = acc * {_ALPHA.format('out')}", "acc = acc"),
+    _kernel("sum not rescaled", "_times(l, alpha) + sums", "l + sums"),
+    _kernel("accumulator not rescaled", " acc = _times(acc, alpha)", " acc = acc"),
+    _kernel("accumulator of the second part not rescaled", "more_acc = _times(more_acc, alpha)", "more_acc = more_acc",
+            "columns"),
     _kernel("base e for base 2", "p = gl.exp2((s", "p = gl.exp((s"),
     # -- precision
     _kernel("weights with 8 bits", "p = gl.convert_layout(p.to(dtype), P",
             "p = gl.convert_layout(((p * 256.0 + 0.5).to(gl.int32).to(gl.float32) / 256.0).to(dtype), P"),
     _kernel("accumulator in fp16", "acc, p = warpgroup_mma_wait(0, deps=(sums, p))",
-            "acc, p = warpgroup_mma_wait(0, deps=(sums, p))\n            acc = acc.to(gl.float16).to(gl.float32)",
+            f"acc, p = warpgroup_mma_wait(0, deps=(sums, p))\n{' ' * 20}acc = acc.to(gl.float16).to(gl.float32)",
             "many keys"),
     _kernel("scores in fp16", "s = warpgroup_mma_wait(0, deps=(scores,))",
             "s = warpgroup_mma_wait(0, deps=(scores,)).to(gl.float16).to(gl.float32)", "wide"),
@@ -61,6 +62,11 @@ _PLANTED = (
     _kernel("one key beyond the end", "seqlen_k - key, gl.int32", "seqlen_k - key + 1, gl.int32"),
     _kernel("last key hidden", "seqlen_k - key, gl.int32", "seqlen_k - key - 1, gl.int32"),
     _binding("keys beyond the end", '"EVEN_N": p.seqlen_k % config.block_n == 0 and not p.ragged', '"EVEN_N": True'),
+    _kernel("keys beyond the end of a narrow tile", "if (SINGLE and MASKED) or part:", "if SINGLE and MASKED:",
+            "narrow tile"),
+    _binding("a narrow tile too narrow", '"TAIL": tail(p, config.block_n)', '"TAIL": tail(p, config.block_n) // 2',
+             "narrow tile, persistent"),
+    _kernel("columns of the second part left out", "    if MORE_D:\n", "    if MORE_D > 999:\n", "columns"),
     _kernel("diagonal hidden", "end = gl.minimum(end, row + shift + 1 - key", "end = gl.minimum(end, row + shift - key",
             "causal"),
     _kernel("one key beyond the diagonal", "end = gl.minimum(end, row + shift + 1 - key",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -62,8 +64,21 @@ def test_compile_with_dynamic_shapes(device):
         same(compiled(*batch(device, *size)), model(*batch(device, *size)))
 
 
+ONE_LAYER = """
+import sys, torch
+layer, x = torch.nn.Linear(8, 8, device="cuda"), torch.ones(2, 8, device="cuda")
+program = torch.export.export(layer, (x,))
+torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(program, package_path=sys.argv[1]))(x)
+"""
+
+
 @pytest.mark.parametrize("device", ["cpu", GPU])
 def test_export_and_ahead_of_time(device, tmp_path):
+    if device == "cuda":  # torch 2.11's loader was seen to end the process, whatever the package holds
+        alone = [sys.executable, "-c", ONE_LAYER, str(tmp_path / "layer.pt2")]
+        status = subprocess.run(alone, capture_output=True, timeout=100).returncode
+        if status:
+            pytest.skip(f"torch's own loader does not load a package of one Linear layer here: exit status {status}")
     model = Encoder(device)
     size, length = torch.export.Dim("size", min=2, max=64), torch.export.Dim("length", min=2, max=512)
     shapes = {0: size, 1: length}

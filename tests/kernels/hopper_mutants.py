@@ -56,6 +56,9 @@ TRIALS = {
     "lengths": Trial(extra="lengths"),
     "packed": Trial(Shape(1, 4, 150, 64, heads_kv=2, seqlen_k=150), extra="packed"),
     "persistent": Trial(Shape(40, 16, 128, 64, heads_kv=4, seqlen_k=192), schedule="persistent"),
+    "narrow tile": Trial(Shape(2, 4, 200, 64, heads_kv=2, seqlen_k=265)),
+    "narrow tile, persistent": Trial(Shape(40, 16, 128, 64, heads_kv=4, seqlen_k=210), schedule="persistent"),
+    "columns": Trial(Shape(2, 4, 200, 88, heads_kv=2, seqlen_k=300)),
     "strides": Trial(layouts=("contiguous", "bshd", "contiguous"), out="bshd"),
 }
 

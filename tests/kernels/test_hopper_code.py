@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,27 @@ def test_products(asked: Problem, config: Config) -> None:
     assert len(products) == len(shared) + len(in_registers), "no other matrix product"
 
 
+def shapes(asked: Problem, config: Config) -> Counter[str]:
+    """How many products there are of each shape, those with weights from registers as "64x64x16 R"."""
+    text = sass(asked, config)
+    found = (re.match(r"HGMMA\.(\w+)\.F32 R\d+, (R?)", text[i]) for i in places(text, r"HGMMA[.\w]*"))
+    return Counter(f"{match[1]} {match[2]}".strip() for match in found if match)
+
+
+def test_a_narrow_last_tile_is_multiplied_as_far_as_it_has_keys() -> None:
+    config = Config("hopper", 64, 64, 4, 1, "persistent", 96)
+    whole = {"64x64x16": 4, "64x64x16 R": 4}
+    assert shapes(problem(256), config) == whole
+    assert shapes(problem(257), config) == {**whole, "64x16x16": 4, "64x64x16 R": 5}
+    assert shapes(problem(280), config) == {**whole, "64x32x16": 4, "64x64x16 R": 6}
+
+
+def test_columns_are_multiplied_in_two_parts() -> None:
+    config = Config("hopper", 128, 64, 8, 1, "", 128)
+    assert shapes(problem(head_dim=72), config) == {"64x64x16": 5, "64x64x16 R": 4, "64x16x16 R": 4}
+    assert shapes(problem(head_dim=96), config) == {"64x64x16": 6, "64x64x16 R": 4, "64x32x16 R": 4}
+
+
 @VARIANTS
 def test_tensors_go_through_tma_alone(asked: Problem, config: Config) -> None:
     text = sass(asked, config)
@@ -149,6 +171,12 @@ def test_resources(asked: Problem, config: Config) -> None:
         pytest.param(problem(64, batch=2, is_causal=True, return_lse=True), id="single-causal-lse"),
         pytest.param(problem(197, is_causal=True, return_lse=True), id="causal-uneven-lse"),
         pytest.param(problem(500, return_lse=True), id="uneven-lse"),
+        pytest.param(problem(257), id="16-keys-more"),
+        pytest.param(problem(224), id="32-keys-more"),
+        pytest.param(problem(290, return_lse=True), id="64-keys-more-lse"),
+        pytest.param(problem(head_dim=80, is_causal=True, return_lse=True), id="dim-80-causal-lse"),
+        pytest.param(problem(500, head_dim=96, is_causal=True, return_lse=True), id="dim-96-causal-uneven-lse"),
+        pytest.param(problem(257, head_dim=96), id="dim-96-16-keys-more"),
         pytest.param(problem(head_dim=32, return_lse=True), id="dim-32-lse"),
         pytest.param(problem(100, head_dim=32, is_causal=True, return_lse=True), id="dim-32-single-causal-lse"),
         pytest.param(problem(head_dim=128, return_lse=True), id="dim-128-lse"),

@@ -22,7 +22,7 @@ from flashcore.launch import capability, compiled, hopper
 from flashcore.launch import select as room
 from flashcore.launch.binding import Binding, Pointer, Scalar, Tma
 from flashcore.launch.capability import reasons
-from flashcore.launch.select import _counts, candidates, select
+from flashcore.launch.select import _counts, candidates, select, tail
 
 FLAT = Config("hopper", 64, 128, 4, 1, "", 128)
 STAYS = Config("hopper", 64, 128, 4, 1, "persistent", 128)
@@ -196,15 +196,30 @@ def test_descriptors(layout: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dim", "columns"),
-    [(8, 16), (16, 16), (24, 32), (32, 32), (40, 64), (64, 64), (72, 128), (96, 128), (104, 128), (128, 128)],
-)
-def test_a_box_is_a_power_of_two_columns(dim: int, columns: int) -> None:
+    ("dim", "columns", "parts"),
+    [(8, 16, (16, 0)), (16, 16, (16, 0)), (24, 32, (32, 0)), (32, 32, (32, 0)), (40, 64, (64, 0)), (64, 64, (64, 0)),
+     (72, 128, (64, 16)), (80, 128, (64, 16)), (88, 128, (64, 32)), (96, 128, (64, 32)), (104, 128, (128, 0)),
+     (128, 128, (128, 0))],
+)  # fmt: skip
+def test_a_box_is_a_power_of_two_columns(dim: int, columns: int, parts: tuple[int, int]) -> None:
     binding = bind(problem(head_dim=dim))
     for name in "qkvo":
         found = descriptor(binding, name)
         assert found.shape[-1] == dim and found.box[-1] == columns  # what lies between is read as 0, and not written
-    assert (binding.constexprs["BLOCK_D"], binding.constexprs["BLOCK_DV"]) == (columns, columns)
+    multiplied = [binding.constexprs[name] for name in ("D", "MORE_D", "DV", "MORE_DV")]
+    assert multiplied == [*parts, *parts] and dim <= sum(parts) <= columns
+
+
+@pytest.mark.parametrize(
+    ("keys", "block_n", "width"),
+    [(256, 64, 0), (257, 64, 16), (272, 64, 16), (273, 64, 32), (288, 64, 32), (289, 64, 0), (257, 128, 16),
+     (320, 128, 64), (321, 128, 0), (50, 64, 0), (64, 64, 0), (65, 64, 16)],
+)  # fmt: skip
+def test_the_last_keys_get_a_tile_as_narrow_as_they_need(keys: int, block_n: int, width: int) -> None:
+    asked = problem(seqlen_k=keys)
+    assert tail(asked, block_n) == width
+    for change in ({"is_causal": True}, {"window": (5, 5)}, {"seqused_k": True}):
+        assert tail(dataclasses.replace(asked, **change), block_n) == 0
 
 
 def accepted(found: Tma) -> bool:

@@ -123,7 +123,9 @@ class Driver:
     cuLaunchKernelEx = None
 
 
-@pytest.mark.parametrize(("context", "encoded", "raises"), [(None, 0, False), (7, 0, False), (None, 1, True), (7, 1, True)])
+@pytest.mark.parametrize(
+    ("context", "encoded", "raises"), [(None, 0, False), (7, 0, False), (None, 1, True), (7, 1, True)]
+)
 def test_a_thread_without_a_context_can_encode_descriptors(monkeypatch, context, encoded, raises):
     library = Driver(context, encoded)
     monkeypatch.setattr(driver, "library", lambda: library)

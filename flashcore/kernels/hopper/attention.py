@@ -151,7 +151,8 @@ def _mean(acc, inverse, total, EMPTY_ROWS: gl.constexpr):
     layout: gl.constexpr = acc.type.layout
     out = _times(acc, inverse)
     if EMPTY_ROWS:  # not by a factor of 0: what a tile holds in v beside what its rows may read can be NaN
-        out = gl.where(gl.convert_layout(total == 0.0, gl.SliceLayout(1, layout), assert_trivial=True)[:, None], 0.0, out)
+        empty = gl.convert_layout(total == 0.0, gl.SliceLayout(1, layout), assert_trivial=True)
+        out = gl.where(empty[:, None], 0.0, out)
     return out
 
 
@@ -186,15 +187,15 @@ def attention_forward(
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, SINGLE: gl.constexpr, TAIL: gl.constexpr,
     EMPTY_ROWS: gl.constexpr, NEGATE: gl.constexpr, PERSISTENT: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr, MORE_D: gl.constexpr, DV: gl.constexpr, MORE_DV: gl.constexpr,
-    WARPS: gl.constexpr, LATE: gl.constexpr,
-    MASK_B: gl.constexpr, MASK_H: gl.constexpr,
+    WARPS: gl.constexpr, LATE: gl.constexpr, MASK_B: gl.constexpr, MASK_H: gl.constexpr,
 ):  # fmt: skip
     """softmax(q k^T) v over 4-D descriptors [batch, heads, rows, columns] whose boxes are one tile.
 
-    SINGLE: all keys fit in one tile. TAIL: the last tile's keys where it is narrower, or 0. EMPTY_ROWS: some rows see no key. NEGATE: the scale is negative, qk_scale its
-    magnitude. D + MORE_D, DV + MORE_DV: columns that are multiplied, of those that a box has. LATE: let the next kernel start when this one ends, not at once. PERSISTENT: a one-dimensional grid of
-    blocks that each take every gridDim-th item; else a grid of (row tiles, heads, batch), when causal (heads, row
-    tiles, batch).
+    SINGLE: all keys fit in one tile. TAIL: keys of the last tile where that is narrower than BLOCK_N, else 0; then no
+    other hides any. EMPTY_ROWS: some rows see no key. NEGATE: the scale is negative, qk_scale its magnitude. D + MORE_D
+    and DV + MORE_DV: the columns of a box that are multiplied, in one part or two. LATE: let the next kernel start when
+    this one ends, not at once. PERSISTENT: a one-dimensional grid of blocks that each take every gridDim-th item; else
+    a grid of (row tiles, heads, batch), when causal (heads, row tiles, batch).
 
     None where an option is not in use. mask_desc: over the mask's own sizes, 1 where it is broadcast; MASK_B, MASK_H: 0
     where its batch or head is. cap: of the scores, before the mask is added. qk_scale has a factor of log2(e), without
@@ -322,7 +323,7 @@ def attention_forward(
         m = gl.full([BLOCK_M], -float("inf"), gl.float32, gl.SliceLayout(1, S))
         l = gl.zeros([BLOCK_M, 8], gl.float32, L)  # noqa: E741
         mbarrier.wait(q_full, turn & 1)
-        for part in gl.static_range(2 if TAIL else 1):
+        for part in gl.static_range(2 if TAIL else 1):  # all tiles, or all but the last and a copy of the code for that
             start = tiles - 1 if part else first_tile
             stop = first_tile + 1 if SINGLE else tiles if part or not TAIL else tiles - 1
             for tile in range(start, stop):
@@ -351,8 +352,8 @@ def attention_forward(
                         at = [batch * MASK_B, head * MASK_H, mask_row, load_key]
                         tma_load(mask_desc, at, mask_full, mask_box, pred=refill)
                     if PERSISTENT:
-                        row_next = next_row_tile * BLOCK_M
-                        _load(q_desc, next_batch, next_head, 0, seqlen_q, seqlen_q, row_next, q_full, q_box, last & more)
+                        next_row, load_q = next_row_tile * BLOCK_M, last & more
+                        _load(q_desc, next_batch, next_head, 0, seqlen_q, seqlen_q, next_row, q_full, q_box, load_q)
                 if NEGATE:
                     s = -s
                 if cap is not None:  # tanh by exp2: tanh.approx is right to 11 bits only

@@ -1,0 +1,186 @@
+"""The graph of a call seen before, on the fake GPU, by both paths: what autograd promises of any other node."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from flashcore import reference
+from flashcore.fast.attention_production import attention
+from flashcore.launch import gradients, shim
+from flashcore.security import fake_gpu
+
+SHAPE = (1, 2, 24, 16)
+F16 = torch.float16
+
+
+def leaves(seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(SHAPE, generator=generator).to(F16).requires_grad_() for _ in range(3)]
+
+
+def wanted(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    doubles = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    return torch.autograd.grad(reference.attention(*doubles, **options).sum(), doubles)
+
+
+def same(found: Any, want: Any) -> None:
+    for got, right in zip(found, want, strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=2e-2, atol=4e-3)
+
+
+@pytest.fixture(params=[None, "flash"])
+def how(request, monkeypatch) -> str | None:
+    """By which way gradients go. "flash" has output and lse saved; the definition then stands in for torch's kernel."""
+    backward = gradients.backward
+    monkeypatch.setattr(gradients, "route", lambda *call: request.param)
+    monkeypatch.setattr(gradients, "backward", lambda call, how, *rest, **wants: backward(call, None, *rest, **wants))
+    return request.param
+
+
+def warm(**options: Any) -> None:
+    for _ in range(2):
+        attention(*leaves(seed=50), **options)
+
+
+def test_what_is_saved(gpu, how):
+    warm()
+    q, k, v = leaves()
+    out = attention(q, k, v)
+    saved = out.grad_fn.saved_tensors
+    assert [t.data_ptr() for t in saved[:3]] == [t.data_ptr() for t in (q, k, v)]
+    if how is None:
+        assert len(saved) == 3
+    else:
+        lse = reference.cpu(*(t.detach() for t in (q, k, v)), return_lse=True)[1]
+        assert len(saved) == 5 and saved[3].data_ptr() == out.data_ptr() and saved[3].grad_fn is out.grad_fn
+        torch.testing.assert_close(saved[4], lse)
+    assert isinstance(out.grad_fn, Node) and out.grad_fn.name() == "AttentionBackward"
+    assert [f.variable is t for (f, _), t in zip(out.grad_fn.next_functions, (q, k, v), strict=True)] == [True] * 3
+
+
+@pytest.mark.parametrize("changed", range(4))
+def test_a_tensor_changed_in_place_is_noticed(gpu, how, changed):
+    warm()
+    inputs = leaves()
+    out = attention(*inputs)
+    loss = out.sum()
+    with torch.no_grad():
+        (*inputs, out)[changed].mul_(2)
+    if changed == 3 and how is None:
+        same(torch.autograd.grad(loss, inputs), wanted(*inputs))  # the output is not read
+        return
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_graph_is_used_once_unless_retained(gpu, how):
+    warm()
+    inputs = leaves()
+    loss = attention(*inputs).sum()
+    for _ in range(2):
+        same(torch.autograd.grad(loss, inputs, retain_graph=True), wanted(*inputs))
+    loss.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_the_second_order(gpu, how):
+    warm()
+    inputs = leaves()
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+
+    def second(function: Any, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        first = torch.autograd.grad(function(*tensors).square().sum(), tensors, create_graph=True)
+        return torch.autograd.grad(sum(t.square().sum() for t in first), tensors)
+
+    for got, right in zip(second(attention, inputs), second(reference.attention, doubles), strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=5e-2, atol=5e-2)
+
+
+def test_hooks_of_the_node_and_of_the_output(gpu, how):
+    warm()
+    inputs, seen = leaves(), []
+    out = attention(*inputs)
+    out.register_hook(lambda grad: grad * 2)
+    out.grad_fn.register_hook(lambda into, of: seen.append((len(into), len(of))))
+    out.sum().backward()
+    same([t.grad / 2 for t in inputs], wanted(*inputs))
+    assert seen == [(3, 1)]
+
+
+def test_hooks_of_saved_tensors_may_call_attention_themselves(gpu, how):
+    """They run on the way from apply, when the results of the call are already where they belong."""
+    warm()
+    inputs, others = leaves(), leaves(seed=10)
+    inner = []
+
+    def pack(t: Tensor) -> Tensor:
+        if len(inner) < 2:
+            at = len(inner)
+            inner.append(None)
+            with torch.enable_grad():
+                inner[at] = attention(*others)
+        return t.clone()
+
+    with saved_tensors_hooks(pack, lambda t: t.clone()):
+        out = attention(*inputs)
+    assert torch.equal(out.detach(), reference.cpu(*(t.detach() for t in inputs)))
+    same(torch.autograd.grad(out.sum(), inputs), wanted(*inputs))
+    for result in inner:
+        assert torch.equal(result.detach(), reference.cpu(*(t.detach() for t in others)))
+        same(torch.autograd.grad(result.sum(), others), wanted(*others))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoints(gpu, how, reentrant):
+    warm()
+    inputs = leaves()
+    out = checkpoint(attention, *inputs, use_reentrant=reentrant)
+    same(torch.autograd.grad(out.sum(), inputs) if not reentrant else backward(out, inputs), wanted(*inputs))
+
+
+def backward(out: Tensor, inputs: list[Tensor]) -> list[Tensor]:
+    out.sum().backward()
+    return [t.grad for t in inputs]
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_a_call_that_fails_leaves_nothing_behind(gpu, how, return_lse):
+    options = {"return_lse": return_lse}
+    warm(**options)
+    inputs = leaves()
+    for fault in ("launch", "empty"):
+        gpu.status, gpu.failing = (1, {}) if fault == "launch" else (0, {"empty": MemoryError("none left")})
+        with pytest.raises((RuntimeError, MemoryError)):
+            attention(*inputs, **options)
+        gpu.status, gpu.failing = 0, {}
+        result = attention(*inputs, **options)
+        out = result[0] if return_lse else result
+        same(torch.autograd.grad(out.sum(), inputs), wanted(*inputs))
+
+
+def test_one_launch_a_call(gpu, how):
+    warm()
+    before = len(gpu.launches)
+    attention(*leaves())
+    assert len(gpu.launches) == before + 1
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_without_the_attribute_that_save_for_backward_sets(native, monkeypatch, how, masked, return_lse):
+    monkeypatch.setattr(shim, "saved_attribute", None)
+    options = {"attn_mask": torch.ones(24, 24, dtype=torch.bool).tril()} if masked else {}
+    with fake_gpu.installed(native):
+        warm(return_lse=return_lse, **options)
+        inputs = leaves()
+        result = attention(*inputs, return_lse=return_lse, **options)
+        out = result[0] if return_lse else result
+        assert len(out.grad_fn.saved_tensors) == 3 + 2 * masked + 2 * (how is not None)
+        same(torch.autograd.grad(out.sum(), inputs), wanted(*inputs, **options))
