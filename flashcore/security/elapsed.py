@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from flashcore.security import leakage
 from flashcore.security.leakage import Leak
@@ -25,6 +25,14 @@ class Reading(NamedTuple):
 
     cycles: int
     ns: int
+
+
+class Reads(Protocol):
+    """What is launched in front of and behind what is read; probe.Probe, or a stand-in."""
+
+    def before(self) -> None: ...
+    def after(self) -> None: ...
+    def reading(self) -> Reading | None: ...
 
 
 Readings = Sequence[Sequence[Reading | None]]  # [groups, places]; None where the probes ran on two SMs

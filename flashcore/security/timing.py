@@ -31,7 +31,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ from flashcore.launch.binding import Binding
 from flashcore.measure import clocks, machine
 from flashcore.security import elapsed, leakage
 from flashcore.security.classes import PAIRS, Draw, Either, Inputs, Sizes
-from flashcore.security.elapsed import Reading
+from flashcore.security.elapsed import Reading, Reads
 
 # A block for each (batch, head), four or more tiles of keys each. No more blocks than an H100 has SMs: beside others a
 # block's left-out step hides, since theirs fill the gap (the planted rescale then moved the mean by 0.04%). Three times
@@ -83,14 +83,6 @@ class Walls(NamedTuple):
     times: list[list[float]]
     classes: list[list[bool]]
     readings: list[list[Reading | None]]  # empty without a probe
-
-
-class Reads(Protocol):
-    """As probe.Probe."""
-
-    def before(self) -> None: ...
-    def after(self) -> None: ...
-    def reading(self) -> Reading | None: ...
 
 
 def inside(

@@ -326,10 +326,11 @@ def test_the_frequency_has_to_differ_for_certain_the_other_way_by_most_of_the_ti
 
 
 def test_readings_of_two_sms_are_dropped_and_counted() -> None:
-    walls = Probed(faster=0.99, lost=8).measured()
+    walls = Probed(faster=0.99, lost=7).measured()
     every = sum(len(group) for group in walls.classes)
     lost = elapsed.dropped(walls.readings, walls.classes)
-    assert sum(lost) == every // 8 and min(lost) > 0 and elapsed.moved(walls.readings) == pytest.approx(1 / 8)
+    assert abs(sum(lost) - every / 7) < 1 and min(lost) > 0 and elapsed.moved(walls.readings) == sum(lost) / every
+    assert elapsed.MOVED < elapsed.moved(walls.readings) < 0.5
     found = elapsed.compare(walls.readings, walls.classes, timing.CALLS)
     assert found and found.elapsed.even and sum(found.elapsed.measurements) == every - sum(lost)
     assert -0.011 < found.frequency.relative < -0.008
