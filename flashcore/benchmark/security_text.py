@@ -8,10 +8,12 @@ from typing import Any
 
 from flashcore.benchmark import results, timing_plot
 from flashcore.measure import machine
+from flashcore.security import elapsed
 
 Record = dict[str, Any]
 
 GPUS = {80: "A100", 89: "L4", 90: "H100"}
+UNITS = {"cycles": "cycles", "wall": "µs", "elapsed": "cycles", "frequency": "MHz"}
 NOT_MEASURED = "No timing was measured yet: the table fills with the first run of `flashcore audit timing` in results/."
 
 
@@ -65,8 +67,41 @@ def timing(folder: Path) -> Iterator[str]:
                 entries += record["controls"]
             yield f"**{title}**"
             yield ""
+            if clock == "wall" and any("explained" in entry for entry in entries):
+                yield from _walls(record, entries)
+                continue
             header = ("Kernel", "Classes", "Measurements a class", "Mean", "Difference (95%)", "Largest t", "")
             yield from _table(header, [_timing_row(entry) for entry in entries])
+
+
+def _walls(record: Record, entries: Sequence[Record]) -> Iterator[str]:
+    """Wall time, the cycles elapsed in the same graphs and the frequency that they give, in one row a pair."""
+    header = ("Kernel", "Classes", "Measurements a class", "Wall time", "Largest t", "Elapsed cycles", "Largest t",
+              "SM frequency", "")  # fmt: skip
+    beside = {(e["clock"], e["kernel"], e["pair"]): e for e in record["cases"]}
+    rows = []
+    for wall in entries:
+        cycles, rate = (beside.get((clock, wall["kernel"], wall["pair"])) for clock in ("elapsed", "frequency"))
+        *named, mean, difference, largest, verdict = _timing_row(wall)
+        if cycles and not cycles["even"]:
+            verdict += ", **elapsed cycles differ**"
+        if sum(wall["dropped"]):
+            verdict += f", {sum(wall['dropped']):,} readings dropped"
+        rows.append((
+            *named, f"{mean}, {difference}", largest, _beside(cycles), f"{cycles['largest_t']:.2f}" if cycles else "-",
+            _beside(rate), verdict,
+        ))  # fmt: skip
+    yield from _table(header, rows)
+    every, held, explained = elapsed.gates(record)
+    yield (
+        f"{held} of all {every} gates hold, those of cycles inside an SM among them; of the {every - held} others "
+        f"{explained} differ by the clock, not the cycles."
+    )
+    yield ""
+
+
+def _beside(entry: Record | None) -> str:
+    return f"{_mean(entry)}, {_difference(entry)}" if entry else "-"
 
 
 def timing_batch(folder: Path) -> Iterator[str]:
@@ -100,13 +135,14 @@ def _timing_row(entry: Record) -> tuple[str, ...]:
         verdict = "caught" if entry["ok"] else "**missed**"
     elif entry["even"]:
         verdict = "even"
+    elif entry.get("explained"):
+        verdict = elapsed.VERDICT
     else:
         verdict = "**differs**" if entry["gated"] else "differs, no gate"
     if held := machine.throttled(entry.get("gpu_states", ())):
         verdict += f", clock held back by {', '.join(held)}"
-    unit = "cycles" if entry["clock"] == "cycles" else "µs"
     return (
-        kernel, entry["pair"], f"{min(entry['measurements']):,}", f"{entry['mean']:,.1f} {unit}", _difference(entry),
+        kernel, entry["pair"], f"{min(entry['measurements']):,}", _mean(entry), _difference(entry),
         f"{entry['largest_t']:.2f}", verdict,
     )  # fmt: skip
 
@@ -116,6 +152,10 @@ def _batch_row(entry: Record) -> tuple[str, ...]:
     needed = "-" if entry["even"] or entry["needed"] is None else f"{max(entry['needed'], 2):,.0f}"
     calls = f"{entry['mean']:,.1f} µs"
     return str(entry["batch"]), label, calls, _difference(entry), f"{entry['largest_t']:.2f}", needed
+
+
+def _mean(entry: Record) -> str:
+    return f"{entry['mean']:,.1f} {UNITS[entry['clock']]}"
 
 
 def _difference(entry: Record) -> str:

@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 FOLDER = plots.FOLDER
-COLOURS = {"cycles": plots.OURS, "wall": "#E69F00", "control": "#D55E00"}
-MARKERS = {"cycles": "o", "wall": "s", "control": "X"}
+COLOURS = {"cycles": plots.OURS, "wall": "#E69F00", "elapsed": "#009E73", "frequency": "#CC79A7", "control": "#D55E00"}
+NAMES = {
+    "cycles": "cycles inside an SM", "wall": "wall time", "elapsed": "cycles of whole calls",
+    "frequency": "SM frequency meanwhile", "control": "control: conditional rescale",
+}  # fmt: skip
+MARKERS = {"cycles": "o", "wall": "s", "elapsed": "D", "frequency": "v", "control": "X"}
 
 
 def filename(record: Record) -> str:
@@ -75,8 +79,7 @@ def _entry(difference: Axes, certainty: Axes, y: int, entry: Record, kind: str) 
     mark: dict[str, Any] = {"color": COLOURS[kind], "marker": MARKERS[kind], "markersize": 7, "linestyle": ""}
     difference.plot(middle, y, **mark)
     known = certainty.get_legend_handles_labels()[1]
-    names = {"cycles": "cycles inside an SM", "wall": "wall time", "control": "control: conditional rescale"}
-    certainty.plot(max(entry["largest_t"], 0.1), y, label=names[kind] if names[kind] not in known else None, **mark)
+    certainty.plot(max(entry["largest_t"], 0.1), y, label=NAMES[kind] if NAMES[kind] not in known else None, **mark)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,11 +17,12 @@ from flashcore.security.controls import CONTROLS
 from flashcore.testing.mutants import Mutant, plant
 
 CYCLES = "cycles"  # the parameter, int64 [blocks]
+READ_CLOCK = "mov.u64 $0, %clock64;"
 
 _READ = """@{jit}
 def read_clock():
     return {language}.inline_asm_elementwise(
-        "mov.u64 $0, %clock64;", "=l", [], dtype={language}.int64, is_pure=False, pack=1
+        "{read}", "=l", [], dtype={language}.int64, is_pure=False, pack=1
     )
 
 
@@ -38,7 +39,7 @@ def _inserted(jit: str, barrier: str, first: str, parameters: str, begin: str, e
     language = jit.replace("gluon", "gl").replace("triton", "tl").removesuffix(".jit")
     write = _WRITE.format(barrier=barrier, language=language)
     return (
-        (f"@{jit}\ndef {first}(", _READ.format(jit=jit, language=language) + f"@{jit}\ndef {first}("),
+        (f"@{jit}\ndef {first}(", _READ.format(jit=jit, language=language, read=READ_CLOCK) + f"@{jit}\ndef {first}("),
         (f"def attention_forward(\n    {parameters},", f"def attention_forward(\n    cycles, {parameters},"),
         (begin, f"    began = read_clock()\n{begin}"),
         (end, write + end if end.startswith("    if") else end + write),

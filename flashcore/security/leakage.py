@@ -33,6 +33,11 @@ class Leak:
     needed: float | None  # measurements a class until |t| passes 4.5, were the difference what it seems; None for none
 
     @property
+    def relative(self) -> float:
+        """The difference as a share of the mean."""
+        return self.difference / self.mean
+
+    @property
     def largest_t(self) -> float:
         """The largest |t|, cropped or not."""
         return max(abs(t) for t in (self.t, *self.cropped.values()))
@@ -48,7 +53,7 @@ class Leak:
         return {
             "measurements": list(self.measurements), "mean": self.mean, "deviation": self.deviation, "t": self.t,
             "largest_t": self.largest_t, "cropped_t": self.cropped, "difference": self.difference,
-            "relative": self.difference / self.mean, "relative_low": self.low / self.mean,
+            "relative": self.relative, "relative_low": self.low / self.mean,
             "relative_high": self.high / self.mean, "needed": self.needed, "even": self.even,
         }  # fmt: skip
 
@@ -57,7 +62,7 @@ def compare(values: Array, classes: Array) -> Leak:
     """Compare class 1 with class 0.
 
     Args:
-        values: [launches, places], one measurement each.
+        values: [launches, places], one measurement each; NaN where one is missing.
         classes: the same shape, True for class 1, drawn at random.
 
     Raises:
@@ -68,11 +73,13 @@ def compare(values: Array, classes: Array) -> Leak:
     values, classes = numpy.asarray(values, dtype=numpy.float64), numpy.asarray(classes, dtype=bool)
     if values.shape != classes.shape or values.ndim != 2:
         raise ValueError(f"compare: expected two arrays [launches, places], got {values.shape} and {classes.shape}")
-    counts = int((~classes).sum()), int(classes.sum())
+    there = ~numpy.isnan(values)
+    counts = int((~classes & there).sum()), int((classes & there).sum())
     if min(counts) < 2:
         raise ValueError(f"compare: expected at least 2 measurements of each class, got {counts[0]} and {counts[1]}")
-    mean = float(values.mean())
-    centred = _centred(values)
+    mean = float(values[there].mean())
+    some = there.any(axis=1)  # an empty launch has no median
+    centred, classes = _centred(values[some])[there[some]], classes[there]
     whole = _welch(centred, classes)
     interval = whole.confidence_interval(CONFIDENCE)
     difference = float(centred[classes].mean() - centred[~classes].mean())
@@ -93,9 +100,10 @@ def _centred(values: Array) -> Array:
     """Without what moves a whole launch, or one place in all of them: medians, which rare slow ones do not move."""
     import numpy
 
+    median = numpy.nanmedian if numpy.isnan(values).any() else numpy.median  # the former is slow
     for axis in (1, 0):
         if values.shape[axis] > 2:  # of two values, the median is half of the difference sought
-            values = values - numpy.median(values, axis=axis, keepdims=True)
+            values = values - median(values, axis=axis, keepdims=True)
     return values
 
 

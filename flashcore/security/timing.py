@@ -7,7 +7,8 @@ cycles  Each block's own, read from its SM's clock inside an instrumented copy o
         classes, one block on each SM.
 wall    Of the shipped kernel: replays of a CUDA graph of calls that all compute one class, in random order. The clock
         is read inside the graph, since a host that is held up lets the GPU idle; between replays it rests, since a GPU
-        at its power limit lowers its clock by what the data draw.
+        at its power limit lowers its clock by what the data draw. Probes in the same graph (probe.py) tell whether
+        what is left of a difference lies in the cycles or in the clock (elapsed.py).
 
 The class is no address: for either one the same memory is read and written before the kernel runs (classes.Either), so
 that a time can't depend on where the values came from.
@@ -43,9 +44,9 @@ from flashcore.core.target import Target
 from flashcore.launch import select
 from flashcore.launch.binding import Binding
 from flashcore.measure import clocks, machine
-from flashcore.security import leakage
+from flashcore.security import elapsed, leakage
 from flashcore.security.classes import PAIRS, Draw, Either, Inputs, Sizes
-from flashcore.security.leakage import Leak
+from flashcore.security.elapsed import Reading, Reads
 
 # A block for each (batch, head), four or more tiles of keys each. No more blocks than an H100 has SMs: beside others a
 # block's left-out step hides, since theirs fill the gap (the planted rescale then moved the mean by 0.04%). Three times
@@ -62,6 +63,7 @@ WARM_UP = 5  # such groups before the first that counts: an idle GPU takes a whi
 LEAD = 5  # calls in front of those that are timed: they bring the data in and the current up
 CALLS = 10  # in a graph that are timed
 PAUSE = 0.8e-3  # seconds of rest behind a graph of about 0.1 ms: back to back they held an H100 at its 700 W
+CYCLES_A_WALL, CYCLES_A_BATCH = 640, 1000  # measurements of cycles for each of wall time, which take far longer
 DEVICE = "cuda"
 UNGATED = {("wall", "zeros/random")}  # what they differ by comes from power, and is published
 
@@ -73,6 +75,14 @@ class Samples(NamedTuple):
 
     values: Any
     classes: Any
+
+
+class Walls(NamedTuple):
+    """Wall times in microseconds a call, [groups, places], which of them are of class 1, and what a probe read."""
+
+    times: list[list[float]]
+    classes: list[list[bool]]
+    readings: list[list[Reading | None]]  # empty without a probe
 
 
 def inside(
@@ -117,33 +127,42 @@ def inside(
 
 def wall(
     show: Callable[[bool], object], call: Callable[[], object], measurements: int, generator: torch.Generator,
-    device: clocks.Device | None = None, *, each: Callable[[int], object] = lambda turn: None,
-    pause: Callable[[float], object] = time.sleep,
-) -> Samples:
-    """At least `measurements` of each class of the time of `call`, in microseconds; `show` sets the class.
+    device: clocks.Device | None = None, *, probe: Reads | None = None,
+    each: Callable[[int], object] = lambda turn: None, pause: Callable[[float], object] = time.sleep,
+) -> Walls:
+    """At least `measurements` of each class of the time of `call`; `show` sets the class.
 
-    `each` is called in front of every group with its number, negative where it does not count.
+    Args:
+        probe: launched right behind the first reading of the time and right in front of the last: both are timed too.
+        each: called in front of every group with its number, negative where it does not count.
     """
     device = device or clocks.Cuda()
     start, end = device.event(in_graph=True), device.event(in_graph=True)
-    call()
+    timed: list[Callable[[], object]] = [call] * CALLS
+    if probe:
+        timed = [probe.before, *timed, probe.after]
+    for each_call in dict.fromkeys((call, *timed)):  # loads every kernel, which belongs before a capture
+        each_call()
     device.synchronize()
-    replay = device.capture([*[call] * LEAD, start.record, *[call] * CALLS, end.record])
-    values, classes = [], []
+    replay = device.capture([*[call] * LEAD, start.record, *timed, end.record])
+    walls = Walls([], [], [])
     for group in range(-WARM_UP, math.ceil(2 * measurements / GROUP)):
         each(group)
         order = (torch.randperm(GROUP, generator=generator) < GROUP // 2).tolist()
-        times = []
+        times, readings = [], []
         for is_one in order:
             show(is_one)
             replay()
             device.synchronize()
             times.append(start.elapsed_time(end) * 1e3 / CALLS)
+            if probe:
+                readings.append(probe.reading())
             pause(PAUSE)
         if group >= 0:
-            values.append(times)
-            classes.append(order)
-    return Samples(values, classes)
+            walls.times.append(times)
+            walls.classes.append(order)
+            walls.readings.append(readings)
+    return walls
 
 
 class Kernel:
@@ -201,21 +220,23 @@ def one_block_an_item(kernel: str, problem: Problem, target: Target) -> Config |
 class Run:
     """One run of the command on the current GPU, which fills a record."""
 
-    def __init__(self, measurements: int, walls: int, seconds: float, seed: int) -> None:
+    def __init__(self, measurements: int, walls: int, batch_walls: int, seconds: float, seed: int) -> None:
         self._deadline = time.monotonic() + seconds
-        self._measurements, self._walls = measurements, walls
+        self._measurements, self._walls, self._batch_walls = measurements, walls, batch_walls
         self._target = targets.current(torch.cuda.current_device())
         self._generator = torch.Generator(device=DEVICE).manual_seed(seed)
         self._order = torch.Generator().manual_seed(seed)
         self.record: Record = {
             "schema": 1, "kind": "audit-timing", "complete": False, "environment": machine.environment(),
             "protocol": {
-                "measurements": measurements, "wall_measurements": walls, "seed": seed, "inside": INSIDE.query[:2],
+                "measurements": measurements, "wall_measurements": walls, "batch_measurements": batch_walls,
+                "seed": seed, "inside": INSIDE.query[:2],
                 "seqlen_q": INSIDE.seqlen_q, "seqlen_k": INSIDE.seqlen_k, "head_dim": INSIDE.head_dim,
                 "whole": [WHOLE.batch, WHOLE.heads, WHOLE.seqlen_q, WHOLE.seqlen_k],
                 "in_batch": list(IN_BATCH.query[1:]), "short": SHORT, "refresh": REFRESH, "lead": LEAD, "calls": CALLS,
                 "pause_us": PAUSE * 1e6, "t_limit": leakage.T_LIMIT, "t_control": leakage.T_CONTROL,
                 "relative_limit": leakage.RELATIVE_LIMIT, "confidence": leakage.CONFIDENCE,
+                "moved_limit": elapsed.MOVED, "explaining_share": elapsed.SHARE,
             },
             "gpu_states": [machine.gpu_state()], "cases": [], "controls": [], "batch": [],
         }  # fmt: skip
@@ -266,12 +287,13 @@ class Run:
                 entry = {"kernel": kernel, "config": _named(config), "clock": "cycles", "pair": name}
                 if control:
                     caught = abs(leak.t) > leakage.T_CONTROL
-                    self._add("controls", {**entry, "control": control, **leak.as_json(), "ok": caught}, leak)
+                    self._add("controls", {**entry, "control": control, **leak.as_json(), "ok": caught})
                 else:
-                    self._add("cases", {**entry, **leak.as_json(), "gated": True, "ok": leak.even}, leak)
+                    self._add("cases", {**entry, **leak.as_json(), "gated": True, "ok": leak.even})
 
     def _wall(self, kernel: str) -> None:
         from flashcore.launch import launcher
+        from flashcore.security import probe
 
         problem = problem_of(WHOLE)
         try:
@@ -279,16 +301,30 @@ class Run:
         except UnsupportedError:
             return
         shipped = Kernel(launcher.bind(problem, config, WHOLE.head_dim**-0.5, self._target), self._target, WHOLE)
-        either = Either(shipped.inputs)
+        either, reads = Either(shipped.inputs), probe.Probe(DEVICE)
         for name, draw in PAIRS.items():
             either.hold(*draw(WHOLE, self._generator))
-            leak, states = self._compare(_values(either), shipped)
+            walls, states = self._timed(_values(either), shipped, self._walls, reads)
+            leak = leakage.compare(walls.times, walls.classes)
+            found = elapsed.compare(walls.readings, walls.classes, CALLS)
             gated = ("wall", name) not in UNGATED
-            entry = {"kernel": kernel, "config": _named(config), "clock": "wall", "pair": name, "gpu_states": states}
-            self._add("cases", {**entry, **leak.as_json(), "gated": gated, "ok": leak.even or not gated}, leak)
+            entry = {"kernel": kernel, "config": _named(config), "pair": name}
+            told = {
+                "clock": "wall", "gpu_states": states, "explained": elapsed.explained(leak, found),
+                "dropped": elapsed.dropped(walls.readings, walls.classes),
+                "moved": elapsed.moved(walls.readings) > elapsed.MOVED,
+            }  # fmt: skip
+            self._add("cases", {**entry, **told, **leak.as_json(), "gated": gated, "ok": leak.even or not gated})
+            if found is None:
+                continue
+            cycles, rate = ({**entry, "clock": name, **part.as_json()} for name, part in found._asdict().items())
+            self._add("cases", {**cycles, "gated": True, "ok": found.elapsed.even})
+            self._add("cases", {**rate, "step_ns": elapsed.step(walls.readings), "gated": False, "ok": True})
 
-    def _compare(self, show: Callable[[bool], object], kernel: Kernel) -> tuple[Leak, list[Record]]:
-        """By wall time; and what the GPU's clock did, before the first time that counts and behind the last."""
+    def _timed(
+        self, show: Callable[[bool], object], kernel: Kernel, measurements: int, probe: Reads | None = None
+    ) -> tuple[Walls, list[Record]]:
+        """Wall times; and what the GPU's clock did, before the first time that counts and behind the last."""
         states = []
 
         def each(group: int) -> None:
@@ -296,9 +332,9 @@ class Run:
             if group == 0:
                 states.append(machine.gpu_state())
 
-        samples = wall(show, kernel, self._walls, self._order, each=each)
+        walls = wall(show, kernel, measurements, self._order, probe=probe, each=each)
         states.append(machine.gpu_state())
-        return leakage.compare(*samples), states
+        return walls, states
 
     def _batch(self, sizes: Sizes) -> None:
         """How the time of a batch depends on its first sequence: on values, then on its number of keys."""
@@ -320,13 +356,14 @@ class Run:
                 either = Either([place[:1] for place in kernel.inputs])
                 either.hold(*PAIRS[name](replace(sizes, batch=1), self._generator))
                 show = _values(either)
-            leak, states = self._compare(show, kernel)
+            walls, states = self._timed(show, kernel, self._batch_walls)
+            leak = leakage.compare(walls.times, walls.classes)
             label = f"{SHORT}/{sizes.seqlen_k} keys" if by_length else name
             entry = {"kernel": config.kernel, "config": _named(config), "clock": "wall", "batch": sizes.batch}
             entry |= {"pair": label, "public": by_length, "gpu_states": states}
-            self._add("batch", {**entry, **leak.as_json()}, leak)
+            self._add("batch", {**entry, **leak.as_json()})
 
-    def _add(self, part: str, entry: Record, leak: Leak) -> None:
+    def _add(self, part: str, entry: Record) -> None:
         self.record[part].append(entry)
         print(row(part, entry), flush=True)
 
@@ -353,6 +390,8 @@ def row(part: str, entry: Record) -> str:
         verdict = "caught" if entry["ok"] else "MISSED"
     elif part == "batch":
         verdict = "no difference seen" if entry["even"] else "differs"
+    elif entry.get("explained"):
+        verdict = elapsed.VERDICT
     else:
         verdict = "even" if entry["even"] else "DIFFERS" if entry["gated"] else "differs (no gate)"
     name = f"{entry['kernel']} {entry['config']}" + (f" + {entry['control']}" if part == "controls" else "")
@@ -373,15 +412,34 @@ def _clock(states: Sequence[Record]) -> str:
 
 
 def passed(record: Record) -> bool:
-    """Whether the run is whole, every gate holds and every control was caught."""
+    """Whether the run is whole, every gate holds, every control was caught and the probes stayed on an SM."""
     checked = [entry["ok"] for part in ("cases", "controls") for entry in record[part]]
-    return bool(record["complete"] and record["controls"] and all(checked))
+    stayed = not any(entry.get("moved") for entry in record["cases"])
+    return bool(record["complete"] and record["controls"] and all(checked) and stayed)
+
+
+def summary(record: Record) -> list[str]:
+    """The closing lines."""
+    every, held, explained = elapsed.gates(record)
+    timed = [entry for part in ("cases", "batch") for entry in record[part] if "gpu_states" in entry]
+    slowed = sum(bool(machine.throttled(entry["gpu_states"])) for entry in timed)
+    probed = [entry for entry in record["cases"] if "dropped" in entry]
+    gone, read = (sum(sum(entry[name]) for entry in probed) for name in ("dropped", "measurements"))
+    moved = sum(entry["moved"] for entry in probed)
+    return [
+        f"{held} of {every} gates hold: |t| < {leakage.T_LIMIT}, the interval within ±0.1%",
+        f"{explained} of the {every - held} others differ by the clock: as many cycles, at another frequency",
+        f"{sum(e['ok'] for e in record['controls'])} of {len(record['controls'])} controls caught: |t| > 10",
+        f"{slowed} of {len(timed)} comparisons by wall time on a GPU that something held back",
+        f"{gone:,} of {read:,} elapsed cycles dropped, as the probes ran on two SMs; "
+        f"in {moved} comparisons more than {elapsed.MOVED:.0%}",
+    ]
 
 
 def _work(options: argparse.Namespace, into: str) -> None:
     """The measurements, in a process of their own: a GPU that hangs can be left behind."""
-    walls = max(options.measurements // 1000, 2 * GROUP)
-    run = Run(options.measurements, walls, options.seconds, options.seed)
+    walls, batch_walls = (max(options.measurements // each, 2 * GROUP) for each in (CYCLES_A_WALL, CYCLES_A_BATCH))
+    run = Run(options.measurements, walls, batch_walls, options.seconds, options.seed)
     try:
         run.everything(batch=options.batch)
     except TimeoutError as late:
@@ -420,12 +478,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"flashcore audit timing: the measurements ended with status {process.exitcode}", file=sys.stderr)
             return 1
         record = json.loads(into.read_text())
-    gates = [entry["ok"] for entry in record["cases"] if entry["gated"]]
-    print(f"\n{sum(gates)} of {len(gates)} gates hold: |t| < {leakage.T_LIMIT}, the interval within ±0.1%")
-    timed = [entry for part in ("cases", "batch") for entry in record[part] if "gpu_states" in entry]
-    slowed = sum(bool(machine.throttled(entry["gpu_states"])) for entry in timed)
-    print(f"{sum(e['ok'] for e in record['controls'])} of {len(record['controls'])} controls caught: |t| > 10")
-    print(f"{slowed} of {len(timed)} comparisons by wall time on a GPU that something held back")
+    print("", *summary(record), sep="\n")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(record, indent=1) + "\n")

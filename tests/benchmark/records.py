@@ -122,3 +122,25 @@ def timing(**changes: Any) -> dict[str, Any]:
         "batch": [entry("zeros/random", "wall", batch=8, public=False),
                   entry("64/512 keys", "wall", relative=0.1, batch=8, public=True)], **changes,
     }
+
+
+def probed() -> dict[str, Any]:
+    """As `timing`, with probes beside wall time: one difference that the clock explains, and one of cycles."""
+    record = timing()
+    first = record["cases"][0]
+
+    def beside(pair: str, clock: str, relative: float, **more: Any) -> dict[str, Any]:
+        even = not relative
+        return {**first, "pair": pair, "clock": clock, "relative": relative, "relative_low": relative - 2e-4,
+                "relative_high": relative + 2e-4, "even": even, "gated": True, "ok": even, **more}  # fmt: skip
+
+    free = {"gated": False, "ok": True, "step_ns": 32}
+    record["cases"] = [
+        first,
+        beside("nan/finite", "wall", 0.01, explained=True, dropped=[1, 2], moved=False),
+        beside("nan/finite", "elapsed", 0.0), beside("nan/finite", "frequency", -0.01, **free),
+        beside("fixed/random", "wall", 0.01, explained=False, dropped=[0, 0], moved=False),
+        beside("fixed/random", "elapsed", 0.01, mean=13_000.0), beside("fixed/random", "frequency", 0.0, **free),
+        beside("zeros/random", "wall", 0.0, explained=False, dropped=[999_000, 999_000], moved=True),
+    ]
+    return record

@@ -43,6 +43,30 @@ def test_a_timing_record_fills_both_tables(root: Path) -> None:
     assert "audit-timing-h100.png" not in text, "not drawn"
 
 
+def test_wall_time_stands_beside_elapsed_cycles_and_frequency(root: Path) -> None:
+    results.write(root / "results" / "audit-timing-h100.json", records.probed())
+    text = written(root)
+    table = text[text.index("**Wall time") : text.index("gates hold")]
+    rows = [line for line in table.splitlines() if line.startswith("| hopper")]
+    assert len(rows) == 3, "one a pair"
+    assert rows[0].endswith("| differs: the clock, not the cycles, 3 readings dropped |")
+    for part in ("µs, +1.000% (+0.980 to +1.020)", "cycles, +0.000% (-0.020", "MHz, -1.000% (-1.020 to -0.980)"):
+        assert part in rows[0]
+    assert "13,000.0 cycles, +1.000%" in rows[1] and rows[1].endswith("| **differs**, **elapsed cycles differ** |")
+    assert rows[2].endswith("| - | - | - | even, 1,998,000 readings dropped |")
+    assert "3 of all 6 gates hold" in text and "of the 3 others 1 differ by the clock, not the cycles" in text
+
+
+def test_the_record_from_before_the_probes_is_still_shown(root: Path) -> None:
+    old = Path(__file__).parents[2] / "results" / "audit-timing-h100-2026-11-28.json"
+    record = json.loads(old.read_text())
+    if any("explained" in case for case in record["cases"]):
+        pytest.skip("replaced by a newer one")
+    (root / "results" / old.name).write_text(old.read_text())
+    text = written(root)
+    assert "| Kernel | Classes | Measurements a class | Mean |" in text and "gates hold" not in text
+
+
 def test_a_clock_that_was_held_back_is_told(root: Path) -> None:
     record = records.timing(gpu_states=[{"sm_mhz": 1980, "held_back_by": []}])
     results.write(root / "results" / "audit-timing-h100.json", record)
@@ -80,7 +104,7 @@ def test_the_timing_audit_is_drawn_and_shown(root: Path, capsys: pytest.CaptureF
     pytest.importorskip("matplotlib")
     pytest.importorskip("PIL")
     file = root / "results" / "audit-timing-h100.json"
-    results.write(file, records.timing())
+    results.write(file, records.probed())
     out = root / timing_plot.FOLDER
     assert timing_plot.main([str(file), "--out", str(out)]) == 0
     image = out / "audit-timing-h100.png"

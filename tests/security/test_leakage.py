@@ -73,3 +73,15 @@ def test_bad_shapes_are_refused() -> None:
             leakage.compare(*wrong)
     with pytest.raises(ValueError, match="at least 2"):
         leakage.compare(values, numpy.zeros_like(classes))
+
+
+def test_what_is_missing_is_left_out() -> None:
+    values, classes = simulated(0.002)
+    whole = leakage.compare(values, classes)
+    gone = numpy.random.default_rng(1).random(values.shape) < 0.1
+    gone[7] = True
+    values[gone] = numpy.nan
+    found = leakage.compare(values, classes)
+    assert sum(found.measurements) == (~gone).sum() and found.t > 10
+    assert found.difference == pytest.approx(whole.difference, rel=0.1)
+    assert found.mean == pytest.approx(whole.mean, rel=1e-3)

@@ -14,8 +14,10 @@ pytest.importorskip("scipy")
 
 from flashcore.core.target import A100, H100, L4  # noqa: E402
 from flashcore.reference.oracle import attention  # noqa: E402
-from flashcore.security import audit, leakage, timing  # noqa: E402
+from flashcore.security import audit, elapsed, leakage, timing  # noqa: E402
+from flashcore.security import probe as probes  # noqa: E402
 from flashcore.security.classes import PAIRS, Either, Inputs, Sizes  # noqa: E402
+from flashcore.security.elapsed import Reading  # noqa: E402
 
 SMALL = Sizes(8, 4, 16, 64, 32)
 
@@ -226,14 +228,127 @@ def test_wall_times_of_both_classes_in_random_order(slower: float) -> None:
         assert seconds == timing.PAUSE
         clock.now += 1e6 * (len(shows) % 7)
 
-    samples = timing.wall(show, call, 200, generator(), clock, each=turns.append, pause=pause)
+    walls = timing.wall(show, call, 200, generator(), clock, each=turns.append, pause=pause)
     assert turns == list(range(-timing.WARM_UP, 13))
-    assert [sum(group) for group in samples.classes] == [timing.GROUP // 2] * 13
-    assert len({tuple(group) for group in samples.classes}) > 10
-    assert sum(samples.classes, []) == shows[timing.WARM_UP * timing.GROUP :]
-    leak = leakage.compare(*samples)
+    assert [sum(group) for group in walls.classes] == [timing.GROUP // 2] * 13
+    assert len({tuple(group) for group in walls.classes}) > 10
+    assert sum(walls.classes, []) == shows[timing.WARM_UP * timing.GROUP :]
+    leak = leakage.compare(walls.times, walls.classes)
     assert leak.measurements == (208, 208)
     assert (abs(leak.t) > leakage.T_LIMIT) == (slower > 1) and 99 < leak.mean < 101
+    assert walls.readings == [[]] * 13, "no probe, no readings"
+
+
+class Probed:
+    """A GPU whose calls take `more` times the cycles, at `faster` times the frequency, in class 1; and its probe."""
+
+    def __init__(self, more: float = 1.0, faster: float = 1.0, lost: int = 0) -> None:
+        self.clock, self.is_one, self.cycles = Clock(), False, 0.0
+        self._more, self._faster, self._lost = more, faster, lost
+        self._noise, self._seen, self._turn = generator(), [], 0
+        self.order: list[str] = []
+
+    def show(self, is_one: bool) -> None:
+        self.is_one = is_one
+
+    def call(self) -> None:
+        cycles = (10_000 + 20 * float(torch.randn((), generator=self._noise))) * (self._more if self.is_one else 1.0)
+        self.cycles += cycles
+        self.clock.now += cycles / (2000 * (self._faster if self.is_one else 1.0))
+        self.order.append("call")
+
+    def before(self) -> None:
+        self._seen = [(self.cycles, self.clock.now)]
+        self.order.append("before")
+
+    def after(self) -> None:
+        self._seen.append((self.cycles, self.clock.now))
+        self.order.append("after")
+
+    def reading(self) -> Reading | None:
+        self._turn += 1
+        if self._lost and self._turn % self._lost == 0:
+            return None
+        (began, start), (ended, end) = self._seen
+        return Reading(round(ended - began), round(1e3 * (end - start)))
+
+    def measured(self, measurements: int = 500) -> timing.Walls:
+        walls = timing.wall(
+            self.show, self.call, measurements, generator(), self.clock, probe=self, pause=lambda seconds: None
+        )
+        before_a_capture, graph = ["call", "before", "after"], ["call"] * timing.LEAD + ["before"]
+        graph += ["call"] * timing.CALLS + ["after"]
+        assert self.order == before_a_capture + graph * ((len(self.order) - 3) // len(graph))
+        return walls
+
+    def judged(self) -> tuple[leakage.Leak, elapsed.Clocks, bool]:
+        walls = self.measured()
+        wall = leakage.compare(walls.times, walls.classes)
+        found = elapsed.compare(walls.readings, walls.classes, timing.CALLS)
+        assert found
+        return wall, found, elapsed.explained(wall, found)
+
+
+def test_more_cycles_fail_the_gate_of_elapsed_cycles_and_are_not_explained() -> None:
+    wall, found, explained = Probed(more=1.01).judged()
+    assert not wall.even and not found.elapsed.even and not explained
+    assert 0.008 < found.elapsed.relative < 0.011 and 9_900 < found.elapsed.mean < 10_200
+    assert abs(found.frequency.relative) < 1e-3
+
+
+def test_a_slower_clock_explains_a_longer_time() -> None:
+    wall, found, explained = Probed(faster=0.99).judged()
+    assert not wall.even and found.elapsed.even and explained
+    assert 0.008 < wall.relative < 0.011 and -0.011 < found.frequency.relative < -0.008
+    assert 1980 < found.frequency.mean < 2000
+
+
+def test_what_is_even_needs_no_explanation_and_both_at_once_is_none() -> None:
+    wall, found, explained = Probed().judged()
+    assert wall.even and found.elapsed.even and not explained
+    assert not Probed(more=1.01, faster=0.99).judged()[2]
+
+
+@pytest.mark.parametrize(
+    ("frequency", "explained"),
+    [(-0.010, True), (-0.0081, True), (-0.0079, False), (0.010, False), (-0.010j, False)],
+)
+def test_the_frequency_has_to_differ_for_certain_the_other_way_by_most_of_the_time(frequency, explained) -> None:
+    def leak(relative: float, half: float = 1e-4) -> leakage.Leak:
+        low, high = relative - half, relative + half
+        t = relative / half * 2
+        return leakage.Leak((9, 9), 1.0, 0.1, t, relative, low, high, {"50": t}, None)
+
+    sure = leak(frequency) if isinstance(frequency, float) else leak(frequency.imag, 0.02)
+    assert elapsed.explained(leak(0.01), elapsed.Clocks(leak(0.0), sure)) == explained
+    assert not elapsed.explained(leak(0.01), elapsed.Clocks(leak(0.005), sure)), "the cycles differ"
+    assert not elapsed.explained(leak(0.01), None)
+
+
+def test_readings_of_two_sms_are_dropped_and_counted() -> None:
+    walls = Probed(faster=0.99, lost=7).measured()
+    every = sum(len(group) for group in walls.classes)
+    lost = elapsed.dropped(walls.readings, walls.classes)
+    assert abs(sum(lost) - every / 7) < 1 and min(lost) > 0 and elapsed.moved(walls.readings) == sum(lost) / every
+    assert elapsed.MOVED < elapsed.moved(walls.readings) < 0.5
+    found = elapsed.compare(walls.readings, walls.classes, timing.CALLS)
+    assert found and found.elapsed.even and sum(found.elapsed.measurements) == every - sum(lost)
+    assert -0.011 < found.frequency.relative < -0.008
+    walls = Probed(lost=1).measured(64)
+    assert elapsed.compare(walls.readings, walls.classes, timing.CALLS) is None
+    assert elapsed.dropped(walls.readings, walls.classes) == [64, 64]
+
+
+def test_the_timer_s_step_is_what_all_its_readings_share() -> None:
+    assert elapsed.step([[Reading(1, 96), None], [Reading(1, 64), Reading(1, 160)]]) == 32
+
+
+def test_a_probe_compares_readings_of_one_sm() -> None:
+    probe = probes.Probe("cpu")
+    probe._seen.copy_(torch.tensor([[1_000, 5, 7_000, 0], [3_000, 5, 8_024, 0]]))
+    assert probe.reading() == Reading(2_000, 1_024)
+    probe._seen[1, 1] = 6
+    assert probe.reading() is None
 
 
 def test_lengths_and_values_are_set_by_class(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,11 +382,27 @@ def test_a_run_passes_only_whole_with_every_gate_and_every_control() -> None:
     good = {"complete": True, "cases": [entry()], "controls": [entry(control="rescale")], "batch": []}
     assert timing.passed(good)
     for bad in ({"complete": False}, {"cases": [entry(), entry(ok=False)]}, {"controls": [entry(ok=False)]},
-                {"controls": []}):  # fmt: skip
+                {"controls": []}, {"cases": [entry(moved=True)]}):  # fmt: skip
         assert not timing.passed(good | bad)
 
 
+def test_closing_lines_count_gates_and_what_the_clock_explains() -> None:
+    wall = {"clock": "wall", "gpu_states": [{}], "moved": False}
+    cases = [
+        entry(), entry(clock="elapsed"), entry(clock="frequency", gated=False),
+        entry(ok=False, explained=True, dropped=[1, 2], **wall),
+        entry(ok=False, explained=False, dropped=[0, 0], **wall),
+        entry(gated=False, explained=True, dropped=[0, 0], **wall | {"moved": True}),
+    ]  # fmt: skip
+    lines = timing.summary({"cases": cases, "controls": [entry(control="rescale")], "batch": []})
+    assert lines[0].startswith("2 of 4 gates hold") and lines[1].startswith("1 of the 2 others differ by the clock")
+    assert lines[4].startswith("3 of 96 elapsed cycles dropped") and lines[4].endswith("in 1 comparisons more than 10%")
+    assert elapsed.gates({"cases": [entry(), entry(ok=False)]}) == (2, 1, 0), "records from before the probes"
+
+
 def test_rows_say_what_they_are() -> None:
+    assert timing.row("cases", entry(even=False, explained=True)).endswith("differs: the clock, not the cycles")
+    assert "DIFFERS" in timing.row("cases", entry(even=False, explained=False))
     assert "even" in timing.row("cases", entry(even=True))
     assert "DIFFERS" in timing.row("cases", entry(even=False))
     assert "no gate" in timing.row("cases", entry(even=False, gated=False))
@@ -310,12 +441,30 @@ class Stand:
             cycles.copy_(10_000 + 10 * torch.randn(cycles.shape, generator=self._noise) + 200 * slow)
 
 
+class StandProbe:
+    """As probe.Probe, on a stand-in's clock at 2000 MHz."""
+
+    def __init__(self, device: str) -> None:
+        self._at = [0.0, 0.0]
+
+    def before(self) -> None:
+        self._at[0] = timing.clocks.Cuda().now
+
+    def after(self) -> None:
+        self._at[1] = timing.clocks.Cuda().now
+
+    def reading(self) -> Reading:
+        us = self._at[1] - self._at[0]
+        return Reading(round(us * 2000), round(us * 1e3))
+
+
 def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     clock, state = Clock(), {"sm_mhz": 1755, "held_back_by": ["software power cap"]}
     monkeypatch.setattr(timing, "DEVICE", "cpu")
     monkeypatch.setattr(timing, "PAUSE", 0)
     monkeypatch.setattr(timing.machine, "gpu_state", lambda: dict(state))
     monkeypatch.setattr(timing, "Kernel", Stand)
+    monkeypatch.setattr(probes, "Probe", StandProbe)
     monkeypatch.setattr(timing.clocks, "Cuda", lambda: clock)
     monkeypatch.setattr(timing.targets, "current", lambda index: H100)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -324,21 +473,29 @@ def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     small = Sizes(4, 4, 64, 512, 64)
     for name, sizes in (("INSIDE", small), ("WHOLE", Sizes(2, 2, 64, 64, 64)), ("IN_BATCH", Sizes(2, 2, 64, 128, 64))):
         monkeypatch.setattr(timing, name, sizes)
-    run = timing.Run(measurements=100, walls=100, seconds=600, seed=1)
+    run = timing.Run(measurements=100, walls=100, batch_walls=64, seconds=600, seed=1)
     record = json.loads(json.dumps(run.everything(batch=True)))
     assert record["complete"] and record["kind"] == "audit-timing"
     seen = [(each["clock"], each["kernel"], each["pair"]) for each in record["cases"]]
-    assert seen == [(c, k, p) for c in ("cycles", "wall") for k in ("hopper", "portable") for p in PAIRS]
+    kernels, whole = ("hopper", "portable"), ("wall", "elapsed", "frequency")
+    assert seen[:10] == [("cycles", k, p) for k in kernels for p in PAIRS]
+    assert seen[10:] == [(c, k, p) for k in kernels for p in PAIRS for c in whole]
+    wall, cycles, rate = record["cases"][10:13]
+    assert (wall["explained"], wall["dropped"], wall["moved"]) == (False, [0, 0], False)
+    assert cycles["gated"] and cycles["ok"] == cycles["even"] and 190_000 < cycles["mean"] < 210_000
+    assert not rate["gated"] and rate["ok"] and rate["mean"] == pytest.approx(2000, rel=1e-3) and rate["step_ns"] == 1
+    assert min(wall["measurements"]) >= 100 and record["batch"][0]["measurements"] == [64, 64]
     assert [(each["kernel"], each["ok"]) for each in record["controls"]] == [("hopper", True), ("portable", True)]
     assert [(each["batch"], each["public"]) for each in record["batch"]] == [
         (size, name) for size in timing.BATCHES for name in (False, False, True)
     ]
     assert not next(e for e in record["cases"] if e["clock"] == "wall" and e["pair"] == "zeros/random")["gated"]
     assert all(("gpu_states" in each) == (each["clock"] == "wall") for each in record["cases"] + record["controls"])
-    assert all(each["gpu_states"] == [state, state] for each in record["cases"][10:] + record["batch"])
+    walls = [each for each in record["cases"] if each["clock"] == "wall"] + record["batch"]
+    assert all(each["gpu_states"] == [state, state] for each in walls)
     said = capsys.readouterr().out
     assert "caught" in said and "[1755 MHz, held back by software power cap]" in said
-    late = timing.Run(measurements=100, walls=64, seconds=0, seed=1)
+    late = timing.Run(measurements=100, walls=64, batch_walls=64, seconds=0, seed=1)
     with pytest.raises(TimeoutError):
         late.everything(batch=False)
     assert not late.record["complete"] and not timing.passed(late.record)
@@ -351,4 +508,5 @@ def test_a_quick_run_on_this_gpu_catches_its_controls(tmp_path) -> None:
     record = json.loads(file.read_text())
     assert record["complete"] and record["controls"]
     assert all(each["ok"] for each in record["controls"]), record["controls"]
-    assert {each["clock"] for each in record["cases"]} == {"cycles", "wall"}
+    assert {each["clock"] for each in record["cases"]} == {"cycles", "wall", "elapsed", "frequency"}
+    assert not any(each.get("moved") for each in record["cases"])
