@@ -132,7 +132,7 @@ class Served:
         register()
         torch.manual_seed(SEED)
         model, self.weights = MODELS[name].make()
-        self.exact = model.eval().requires_grad_(False).to(device)
+        self.exact = model.eval().requires_grad_(False).to(device, torch.float32)  # a checkpoint may hold 16 bits
         self.exact.set_attn_implementation("eager")
         self.models: dict[str, Any] = {}
         half = copy.deepcopy(self.exact).half()

@@ -104,6 +104,13 @@ def test_a_wrong_model_and_one_that_fails_have_no_times(small, transformers, req
     assert "it fell over" in text and "relative error" in text
 
 
+def test_a_checkpoint_in_16_bits_is_still_judged_by_fp32(small, monkeypatch):
+    make = models.MODELS["minilm"].make
+    monkeypatch.setitem(models.MODELS, "minilm", models.Model("tiny", lambda: (make()[0].half(), "real")))
+    found = models.measure(models.Served("minilm", torch.device("cpu")), 2, 8, 2, Cpu())["contestants"]
+    assert all(each["status"] == "ok" and each["error"] > 0 for each in found.values())
+
+
 def test_a_model_that_cannot_be_captured_is_still_called(small):
     class Refusing(Cpu):
         def capture(self, calls):
