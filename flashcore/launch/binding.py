@@ -106,6 +106,15 @@ def length_pointers(problem: Problem, block_m: int) -> dict[str, Pointer | Scala
     return {"seqused_k": Pointer("seqused_k", "*i32", False)} if problem.seqused_k else {}
 
 
+def narrow_tile(problem: Problem, block_n: int) -> int:
+    """Keys of the Hopper kernel's last tile where that is narrower than the others, which then need no mask; else 0."""
+    p, rest = problem, problem.seqlen_k % block_n
+    if rest == 0 or p.seqlen_k < block_n or p.is_causal or p.ragged or p.mask is not None or p.window != (-1, -1):
+        return 0
+    width = max(16, 1 << (rest - 1).bit_length())
+    return width if width < block_n else 0
+
+
 def packed_tiles(problem: Problem, block_m: int) -> int:
     """Numbers of tiles of packed rows, where blocks look up whose rows theirs are; 0 where a block's place says so.
 

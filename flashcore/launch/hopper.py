@@ -18,10 +18,10 @@ from flashcore.launch.binding import (
     Scalar,
     Tma,
     length_pointers,
+    narrow_tile,
     packed_tiles,
     score_scalars,
 )
-from flashcore.launch.select import tail
 
 _REGISTERS = 65_536  # of an SM
 _RESERVED = 1024  # bytes of shared memory that CUDA keeps for itself in every block
@@ -87,7 +87,7 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
     constexprs: dict[str, Any] = dict.fromkeys(name for name in _OPTIONAL if name not in args)
     constexprs |= {
         "GROUP": p.group, "CAUSAL": p.is_causal, "EVEN_N": p.seqlen_k % config.block_n == 0 and not p.ragged,
-        "SINGLE": p.seqlen_k <= config.block_n, "TAIL": tail(p, config.block_n), "EMPTY_ROWS": _empty_rows(p),
+        "SINGLE": p.seqlen_k <= config.block_n, "TAIL": narrow_tile(p, config.block_n), "EMPTY_ROWS": _empty_rows(p),
         "NEGATE": scale < 0, "PERSISTENT": persistent, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         **dict(zip(("D", "MORE_D"), columns(p.head_dim), strict=True)),
         **dict(zip(("DV", "MORE_DV"), columns(p.head_dim_v), strict=True)), "WARPS": config.num_warps,

@@ -21,6 +21,7 @@ from flashcore.core.config import Config
 from flashcore.core.errors import UnsupportedError
 from flashcore.core.problem import Problem
 from flashcore.core.target import Target
+from flashcore.launch.binding import narrow_tile
 from flashcore.launch.capability import reasons
 from flashcore.tuning import lookup
 
@@ -191,7 +192,7 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
         elif problem.is_causal or problem.return_lse:
             fitting = masked
         elif problem.seqlen_k % n:
-            fitting = tailed if tail(problem, n) else masked
+            fitting = tailed if narrow_tile(problem, n) else masked
         else:
             fitting = plain
         if tile not in fitting:
@@ -202,15 +203,6 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
             continue  # the diagonal and the next item together spill
         configs.append(Config("hopper", m, n, warps, 1, schedule, registers))
     return tuple(configs)
-
-
-def tail(p: Problem, block_n: int) -> int:
-    """Keys of the Hopper kernel's last tile where that is narrower than the others, which then need no mask; else 0."""
-    if p.seqlen_k < block_n or p.is_causal or p.ragged or p.mask is not None or p.window != (-1, -1):
-        return 0
-    rest = p.seqlen_k % block_n
-    width = max(16, 1 << (rest - 1).bit_length()) if rest else block_n
-    return width if width < block_n else 0
 
 
 def _counts(p: Problem, block_m: int) -> bool:
@@ -356,7 +348,7 @@ def shipped(target: Target) -> Iterator[tuple[Problem, Config]]:
             for lse in (True, False):
                 problem = _problem(head_dim=dim, seqlen_q=seqlen, is_causal=is_causal, return_lse=lse)
                 for config in candidates(problem, target):
-                    narrow = config.kernel == "hopper" and tail(problem, config.block_n) > 0
+                    narrow = config.kernel == "hopper" and narrow_tile(problem, config.block_n) > 0
                     largest.setdefault((config, narrow), problem)
         yield from ((problem, config) for (config, _), problem in largest.items())
 

@@ -64,7 +64,8 @@ _PLANTED = (
     _binding("keys beyond the end", '"EVEN_N": p.seqlen_k % config.block_n == 0 and not p.ragged', '"EVEN_N": True'),
     _kernel("keys beyond the end of a narrow tile", "if (SINGLE and MASKED) or part:", "if SINGLE and MASKED:",
             "narrow tile"),
-    _binding("a narrow tile too narrow", '"TAIL": tail(p, config.block_n)', '"TAIL": tail(p, config.block_n) // 2',
+    _binding("a narrow tile too narrow", '"TAIL": narrow_tile(p, config.block_n)',
+             '"TAIL": narrow_tile(p, config.block_n) // 2',
              "narrow tile, persistent"),
     _kernel("columns of the second part left out", "    if MORE_D:\n", "    if MORE_D > 999:\n", "columns"),
     _kernel("diagonal hidden", "end = gl.minimum(end, row + shift + 1 - key", "end = gl.minimum(end, row + shift - key",
@@ -94,6 +95,7 @@ _PLANTED = (
     _kernel("keys of the first sequence", "first_k, seqlen_k = _rows_of(cu_seqlens_k, batch, total_k, longest_k)",
             "first_k, seqlen_k = _rows_of(cu_seqlens_k, batch, total_k, longest_k)\n        first_k = first_k * 0",
             "packed"),
+    _kernel("short sequences share a number", "total) // BLOCK_M + batch", "total) // BLOCK_M", "packed, short"),
     # -- addresses
     _kernel("key heads in turn", f"_load(k_desc, {_FIRST.format('k')}",
             f"_load(k_desc, {_FIRST.format('k').replace('head // GROUP', 'head % (heads // GROUP)')}"),

@@ -110,6 +110,11 @@ CALLS = [
         PACKED, cu_seqlens_q=lengths(-4, 30, 109), cu_seqlens_k=lengths(-2, 60, 119), max_seqlen_q=100,
         max_seqlen_k=100, return_lse=False,
     ),
+    call(
+        Shape(1, 2, 240, 32, heads_kv=1, seqlen_k=260), cu_seqlens_q=lengths(0, 5, 205, 206, 210, 216, 222, 230, 239),
+        cu_seqlens_k=lengths(0, 9, 220, 220, 230, 233, 240, 250, 260), max_seqlen_q=200, max_seqlen_k=211,
+        is_causal=True,
+    ),
 ]  # fmt: skip
 
 

@@ -25,7 +25,10 @@ from flashcore.testing import Guarded, Shape, check, lay_out, make
 from flashcore.testing.mutants import plant
 from flashcore.testing.mutants_hopper import KERNEL, MUTANTS, HopperMutant
 
-BOUNDS = (0, 40, 40, 150)  # of packed sequences
+BOUNDS = {  # of packed sequences
+    "packed": (0, 40, 40, 150),
+    "short": (0, 5, 6, 10, 16, 22, 30, 38, 238),
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ TRIALS = {
     "mask": Trial(extra="mask"),
     "lengths": Trial(extra="lengths"),
     "packed": Trial(Shape(1, 4, 150, 64, heads_kv=2, seqlen_k=150), extra="packed"),
+    "packed, short": Trial(Shape(1, 4, 238, 64, heads_kv=2, seqlen_k=238), extra="short"),
     "persistent": Trial(Shape(40, 16, 128, 64, heads_kv=4, seqlen_k=192), schedule="persistent"),
     "narrow tile": Trial(Shape(2, 4, 200, 64, heads_kv=2, seqlen_k=265)),
     "narrow tile, persistent": Trial(Shape(40, 16, 128, 64, heads_kv=4, seqlen_k=210), schedule="persistent"),
@@ -85,11 +89,12 @@ class Prepared:
             self.extra["seqused_k"] = torch.tensor([130, 299], dtype=torch.int32, device=device)
         self.scale = options.scale_for(s.head_dim)
         self.tensors = dict(zip("qkv", self.inputs, strict=True)) | {"o": self.guarded.out, "lse": self.lse}
-        if trial.extra == "packed":
-            bounds = torch.tensor(BOUNDS, dtype=torch.int32, device=device)
+        if trial.extra in BOUNDS:
+            ends = BOUNDS[trial.extra]
+            bounds = torch.tensor(ends, dtype=torch.int32, device=device)
             flat = [t[0].transpose(0, 1) for t in (q, k, v, self.guarded.out)]
-            longest = max(b - a for a, b in zip(BOUNDS, BOUNDS[1:], strict=False))
-            self.problem = packed_problem_of(*flat, len(BOUNDS) - 1, longest, longest, options)
+            longest = max(b - a for a, b in zip(ends, ends[1:], strict=False))
+            self.problem = packed_problem_of(*flat, len(ends) - 1, longest, longest, options)
             self.tensors |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
         else:
             self.problem = problem_of(q, k, v, self.guarded.out, options, **self.extra)
@@ -99,11 +104,12 @@ class Prepared:
 
     def verdict(self) -> str:
         given = {**self.trial.options, **self.extra}
-        if self.trial.extra != "packed":
+        ends = BOUNDS.get(self.trial.extra)
+        if ends is None:
             found = check(self.guarded.out, *self.inputs, lse=self.lse, **given).failures
         else:
             parts = []
-            for a, b in zip(BOUNDS, BOUNDS[1:], strict=False):
+            for a, b in zip(ends, ends[1:], strict=False):
                 out, *inputs, lse = (t[:, :, a:b] for t in (self.guarded.out, *self.inputs, self.lse))
                 parts.append(check(out, *inputs, lse=lse, **given).failures)
             found = "; ".join(part for part in parts if part)

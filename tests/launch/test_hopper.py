@@ -20,9 +20,9 @@ from flashcore.core.target import A100, H100, H200, L4, Target
 from flashcore.kernels.hopper import attention
 from flashcore.launch import capability, compiled, hopper
 from flashcore.launch import select as room
-from flashcore.launch.binding import Binding, Pointer, Scalar, Tma
+from flashcore.launch.binding import Binding, Pointer, Scalar, Tma, narrow_tile
 from flashcore.launch.capability import reasons
-from flashcore.launch.select import _counts, candidates, select, tail
+from flashcore.launch.select import _counts, candidates, select
 
 FLAT = Config("hopper", 64, 128, 4, 1, "", 128)
 STAYS = Config("hopper", 64, 128, 4, 1, "persistent", 128)
@@ -230,9 +230,9 @@ def test_packed_sequences_of_which_most_are_short_are_looked_up() -> None:
 )  # fmt: skip
 def test_the_last_keys_get_a_tile_as_narrow_as_they_need(keys: int, block_n: int, width: int) -> None:
     asked = problem(seqlen_k=keys)
-    assert tail(asked, block_n) == width
+    assert narrow_tile(asked, block_n) == width
     for change in ({"is_causal": True}, {"window": (5, 5)}, {"seqused_k": True}):
-        assert tail(dataclasses.replace(asked, **change), block_n) == 0
+        assert narrow_tile(dataclasses.replace(asked, **change), block_n) == 0
 
 
 def accepted(found: Tma) -> bool:
