@@ -41,7 +41,7 @@ def test_every_test_is_in_one_shard_and_those_that_measure_are_alone(run_on_gpu:
 
 def test_shards_take_about_as_long(run_on_gpu: Any) -> None:
     loads = [sum(map(run_on_gpu.seconds, run_on_gpu.share(TESTS, f"{i}/7"))) for i in range(7)]
-    assert max(loads) < 1.3 * sum(loads) / 7
+    assert max(loads) <= max(1.3 * sum(loads) / 7, *map(run_on_gpu.seconds, TESTS))
     slow, usual = (run_on_gpu.seconds(f"tests/{room}/test_x.py::test") for room in ("integrations", "kernels"))
     assert slow > usual
 
