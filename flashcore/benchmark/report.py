@@ -20,6 +20,7 @@ from typing import Any
 from flashcore.benchmark import (
     cross_gpu_text,
     guide_text,
+    models_text,
     own_tests_text,
     page,
     peers_text,
@@ -370,7 +371,7 @@ def suites(folder: Path) -> Iterator[str]:
 BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
     "nine": nine, "suites": suites, "clocks": guide_text.clocks, "host": guide_text.host, "behind": guide_text.behind,
     "audit_sass": security_text.audit_sass, "timing": security_text.timing, "timing_batch": security_text.timing_batch,
-    "own_tests": own_tests_text.own_tests,
+    "own_tests": own_tests_text.own_tests, "models": models_text.models, "gradients": models_text.gradients,
 }  # fmt: skip
 
 
