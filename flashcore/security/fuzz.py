@@ -331,20 +331,28 @@ def _environment(device: str) -> dict[str, str]:
     return {**os.environ, "TRITON_INTERPRET": "1"} if device == "cpu" else dict(os.environ)
 
 
-def shrink(failure: dict[str, Any], device: str, most: int) -> dict[str, Any]:
-    """A failure with the smallest `longest` at which its problem still fails, and the command that repeats it."""
+def shrink(failure: dict[str, Any], device: str, most: int, until: float) -> dict[str, Any]:
+    """A failure with the smallest `longest` at which its problem still fails, and the command that repeats it.
+
+    It is tried until time.monotonic() is `until`.
+    """
+    note = "not again by itself"
     for longest in (*[n for n in SHRINK if n < most], most):
+        left = min(ONE_S, until - time.monotonic())
+        if left <= 0:
+            note = "not made smaller: out of time"
+            break
         command = _worker(device) + ["--only", str(failure["seed"]), "--longest", str(longest), "--device", device]
         command += ["--backend", failure["backend"]] if failure["backend"] else []
         try:
-            done = subprocess.run(command, timeout=ONE_S, capture_output=True, text=True, env=_environment(device))
+            done = subprocess.run(command, timeout=left, capture_output=True, text=True, env=_environment(device))
             failed = done.returncode != 0
         except subprocess.TimeoutExpired:
-            failed = True
+            failed = left == ONE_S  # else it was not given the time
         if failed:
             return {**failure, "longest": longest, "repro": repro(failure["seed"], failure["backend"], longest)}
     again = repro(failure["seed"], failure["backend"], most)
-    return {**failure, "longest": most, "repro": again, "note": "not again by itself"}
+    return {**failure, "longest": most, "repro": again, "note": note}
 
 
 def only(seed: int, backend: str | None, device: str, longest: int) -> int:
@@ -384,7 +392,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     failures = [failure for shard in shards for failure in shard.failures]
     for failure in failures:  # at once: to shrink them takes a while
         print(f"seed {failure['seed']}, {failure['backend'] or 'chosen'}: {failure['wrong']}", flush=True)
-    shown = [shrink(failure, options.device, options.longest) for failure in failures[:MOST_SHRUNK]]
+    until = time.monotonic() + options.shrink
+    shown = [shrink(failure, options.device, options.longest, until) for failure in failures[:MOST_SHRUNK]]
     for failure in shown:
         print(f"  {failure['repro']}\n    {failure['wrong']}")
     kernels = ", ".join(f"{counts[b]:,} by {n}" for b, n in (("portable", "the portable kernel"), ("chosen", "choice")))
@@ -409,8 +418,11 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shards", type=int, default=14 if on_gpu else 1, metavar="K", help="processes (%(default)s)")
     parser.add_argument(
         "--seconds", type=float, default=300.0, metavar="T",
-        help="at most (%(default)s), but for what is under way then, and for making failures smaller",
+        help="at most (%(default)s), but for what is under way then",
     )  # fmt: skip
+    parser.add_argument(
+        "--shrink", type=float, default=120.0, metavar="T", help="at most, to make failures smaller (%(default)s)"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
     parser.add_argument("--only", type=int, metavar="SEED", help="run this problem alone, in this process")
     parser.add_argument("--backend", choices=("portable", "hopper"), help="with --only; chosen when left out")

@@ -7,7 +7,8 @@ variances follow from the fp64 result, with u = 2**-digits, half the spacing of 
     output     ulp(out)^2 / 12                            a rounding error is uniform over one spacing
     weights    sum_j ulp(p_j)^2 / 12 * v_j^2 / l^2        p_j = exp(s_j - max s), l = sum_j p_j
     scores     sum_j (p_j / l)^2 * d_j^2 * (v_j - out)^2  d_j: fp32 sums err by about 2**-23 * scale * |q| |k_j|
-    sums       n * 2**-48 * ((sum_j p_j |v_j| / l)^2 + out^2)   half a spacing a key, in the output's sum and in l
+    sums       4n * 2**-48 * ((sum_j p_j |v_j| / l)^2 + out^2)  half a spacing a key, in the output's sum and in l, and
+                                                          twice: sums of like numbers err alike, not at random
 
 d_j holds 2**-23 for the exponential as well, and softcap * 2**-23 where the score is a difference of numbers as large
 as the cap. The sum of the four is `floor^2`, element by element. For N(0, 1) inputs of any length floor is 2.5e-4 to
@@ -16,7 +17,8 @@ none, while in fp32 they take the most. It widens by itself where a problem is i
 weights in the subnormal range, logits of 1e4 and beyond, near ties between large scores.
 
     allclose     |error| <= 2e-3 + 1e-3 * |reference|, the tolerance users know, or 6 floor where the floor is higher
-    frobenius    norm of the error <= 1.5 floors: 4.2e-4 of the output in fp16 (see `_frobenius_limit` for few rows)
+    frobenius    norm of the error <= 1.5 floors: 4.2e-4 of the output in fp16 (see `_frobenius_limit` for few
+                 rows, and for large scores)
     max_error    largest error <= 2x that of a plain path in the same dtype (flash-attention's rule): scores, softmax
                  and product each rounded to it; or 2x the largest floor times sqrt(3), the end of a uniform error
     row_ratio    the worst row: norm of its error <= 4 floors
@@ -160,7 +162,9 @@ def _measure(
     nothing = want_lse == -torch.inf
     v = block.v if block.v_is_finite else block.v.nan_to_num(0.0, 0.0, 0.0)
     score_error, lean = _score_error(block, sums, want_lse, scale)
-    floor2 = _floor2(block, weights, sums, reference, score_error, lean, v, dtype, softcap)
+    told_apart = score_error < 2.0 ** -_DIGITS[dtype] / 4.0
+    floor2 = _floor2(block, weights, sums, reference, score_error, told_apart, lean, v, dtype, softcap)
+    alike = ((weights == 1.0) & ~told_apart).any(-1)
 
     finite = reference.isfinite()
     wrong = (out.isfinite() != finite) | (nothing & (out != 0))
@@ -179,7 +183,7 @@ def _measure(
     place = torch.unravel_index(worst, row_ratio2.shape)  # within the block: batch, key head, head of the group, row
     lse_ratio, wrong_lse = _lse(lse, want_lse, score_error, lean)
     figures = (
-        error2.sum(), reference2.sum(), row_floor2.sum(), row_floor2.square().sum(),
+        error2.sum(), reference2.sum(), row_floor2.sum(), row_floor2.square().sum(), row_floor2[alike].sum(),
         (wrong & ~excused).sum() + wrong_lse, excused.sum(),
         (error2.sqrt() / tolerance).max(), error2.max().sqrt(), plain_error.abs().max(), floor2.max().sqrt(),
         lse_ratio, row_ratio2.flatten()[worst].sqrt(),
@@ -202,20 +206,19 @@ def _score_error(block: Block, sums: Tensor, lse: Tensor, scale: float) -> tuple
 
 
 def _floor2(
-    block: Block, weights: Tensor, sums: Tensor, reference: Tensor, score_error: Tensor, lean: Tensor, v: Tensor,
-    dtype: torch.dtype, softcap: float,
+    block: Block, weights: Tensor, sums: Tensor, reference: Tensor, score_error: Tensor, told_apart: Tensor,
+    lean: Tensor, v: Tensor, dtype: torch.dtype, softcap: float,
 ) -> Tensor:
     """Variance of an honest kernel's error, element by element: the sum in this module's docstring."""
     rounding = torch.minimum(_ulp(weights, dtype).square_() / 12.0, weights.square())
     # exp2(s * scale - max) of the largest score rounds to 1, as long as the product's own rounding is small
-    exact = (weights == 1.0) & (score_error < 2.0 ** -_DIGITS[dtype] / 4.0)
-    rounding = rounding.masked_fill_(exact, 0.0).div_(sums.square())
+    rounding = rounding.masked_fill_((weights == 1.0) & told_apart, 0.0).div_(sums.square())
     wobble = (lean / sums * (score_error + _FP32_SUM * (1.0 + softcap)).clamp(max=1.0)).square_()
     values = block.times(rounding + wobble, v.square())
     values -= 2.0 * reference * block.times(wobble, v)
     values += reference.square() * wobble.sum(-1, keepdim=True)
     keys = (block.scores > -torch.inf).sum(-1, keepdim=True)
-    values += keys * (_FP32_SUM / 2.0) ** 2 * ((block.times(weights, v.abs()) / sums).square() + reference.square())
+    values += keys * _FP32_SUM**2 * ((block.times(weights, v.abs()) / sums).square() + reference.square())
     return values.clamp_(min=0.0) + _ulp(reference, dtype).square_() / 12.0
 
 
@@ -254,15 +257,15 @@ def _lse(lse: Tensor | None, want: Tensor, score_error: Tensor, lean: Tensor) ->
 
 
 def _verdict(measured: list[list[float]], shape: tuple[int, ...]) -> Verdict:
-    sums = [sum(block[i] for block in measured) for i in range(6)]
-    error2, reference2, floor2, floor4, non_finite, excused = sums
-    tops = [max((block[i] for block in measured), default=0.0) for i in range(6, 12)]
+    sums = [sum(block[i] for block in measured) for i in range(7)]
+    error2, reference2, floor2, floor4, alike2, non_finite, excused = sums
+    tops = [max((block[i] for block in measured), default=0.0) for i in range(7, 13)]
     allclose, max_error, plain_error, floor, lse, row_ratio = tops
-    worst = max(measured, key=lambda block: block[11], default=[0.0] * 15)[12:]
+    worst = max(measured, key=lambda block: block[12], default=[0.0] * 16)[13:]
     norm = math.sqrt(reference2) or 1.0
     return Verdict(
         allclose=Figure("allclose", allclose, 1.0),
-        frobenius=Figure("frobenius", math.sqrt(error2) / norm, _frobenius_limit(floor2, floor4) / norm),
+        frobenius=Figure("frobenius", math.sqrt(error2) / norm, _frobenius_limit(floor2, floor4, alike2) / norm),
         max_error=Figure("max_error", max_error, 2.0 * max(plain_error, math.sqrt(3.0) * floor)),
         row_ratio=Figure("row_ratio", row_ratio, ROW_LIMIT),
         lse=Figure("lse", lse, 1.0),
@@ -272,13 +275,18 @@ def _verdict(measured: list[list[float]], shape: tuple[int, ...]) -> Verdict:
     )
 
 
-def _frobenius_limit(floor2: float, floor4: float) -> float:
+def _frobenius_limit(floor2: float, floor4: float, alike2: float) -> float:
     """Limit of the error's norm. 1.5 floors, where enough rows take part for their errors to average.
 
     The square of a uniform error has mean 1 and variance 0.8 in floors: over n rows six standard deviations end at
     1 + 6 * sqrt(0.8 / n), which is below 1.5**2 from 19 rows on. Rows count by their share of the floor.
+
+    `alike2` is the part of rows whose largest weight is not just 1, as fp32 can't tell so large scores apart. What that
+    weight's rounding makes of a row is the same in all of it, and in other rows of like queries: it does not average,
+    and ends at sqrt(3) floors.
     """
     if floor4 == 0.0:
         return 0.0
     rows = floor2 * floor2 / floor4
-    return max(FROBENIUS_LIMIT, math.sqrt(1.0 + 6.0 * math.sqrt(0.8 / rows))) * math.sqrt(floor2)
+    averaged = max(FROBENIUS_LIMIT**2, 1.0 + 6.0 * math.sqrt(0.8 / rows))
+    return math.sqrt(averaged * (floor2 - alike2) + max(averaged, 3.0) * alike2)

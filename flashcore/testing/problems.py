@@ -25,6 +25,7 @@ from flashcore.testing.inputs import FAMILIES, LAYOUTS, Guarded, Inputs, Shape, 
 KIN = 100  # consecutive seeds that share what a kernel is compiled for, so that a GPU's time goes into running them
 LONGEST = 300  # rows, and keys, of a sequence
 MOST_SCORES = 2**21  # of one problem: what its fp64 reference holds
+LARGEST_LOGIT = 2.0**27  # in magnitude: beyond it nothing is promised, see the conventions in docs/design.md
 DTYPES = (*[torch.float16] * 4, *[torch.bfloat16] * 4, torch.float32)  # fp32's kernels take longest to compile
 MASK_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32)
 JUDGED = ("is_causal", "scale", "window", "softcap", "attn_mask", "seqused_k")
@@ -89,7 +90,16 @@ def draw(kind: Random, detail: Random, longest: int = LONGEST) -> Call:
     if window is not None:
         most = max(size for t in tensors.values() for size in t.shape)
         options["window"] = tuple(detail.choice((0, 1, detail.randint(0, most + 2))) if side else -1 for side in window)
+    scale = options.get("scale", dim**-0.5)
+    reach = abs(scale) * _longest(tensors["q"]) * _longest(tensors["k"])
+    if reach > LARGEST_LOGIT:
+        options["scale"] = scale * LARGEST_LOGIT / reach
     return Call(tensors, options)
+
+
+def _longest(rows: Tensor) -> float:
+    """The largest norm of a row."""
+    return float(rows.double().nan_to_num(0.0, 0.0, 0.0).norm(dim=-1).max()) if rows.numel() else 0.0
 
 
 def _lengths(detail: Random, longest: int, pairs: int) -> tuple[int, int]:

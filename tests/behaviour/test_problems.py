@@ -25,7 +25,18 @@ from flashcore.launch import compiled, portable
 from flashcore.launch.arguments import Options, packed_problem_of, problem_of
 from flashcore.launch.binding import packed_tiles
 from flashcore.launch.select import select
-from flashcore.testing.problems import KIN, LONGEST, MASK_DTYPES, Call, draw, random_problem, repro, run, run_seed
+from flashcore.testing.problems import (
+    KIN,
+    LARGEST_LOGIT,
+    LONGEST,
+    MASK_DTYPES,
+    Call,
+    draw,
+    random_problem,
+    repro,
+    run,
+    run_seed,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = 40  # rows, and keys, of a sequence
@@ -119,6 +130,17 @@ def test_packed_sequences_meet_both_grids(longest: int, block_m: int) -> None:
             sequences = len(call.tensors["cu_seqlens_q"]) - 1
             met[packed_tiles(packed_problem_of(q, k, v, None, sequences, *most, Options()), block_m) > 0] += 1
     assert min(met[False], met[True]) > 5
+
+
+def test_no_logit_is_larger_than_promised() -> None:
+    reached = 0.0
+    for seed in range(0, 400 * STEP, STEP):
+        call = random_problem(seed, SMALL)
+        q, k = (call.tensors[name].double().nan_to_num(0.0, 0.0, 0.0) for name in "qk")
+        if q.numel() and k.numel():
+            norms = [t.norm(dim=-1).max().item() for t in (q, k)]
+            reached = max(reached, abs(call.options.get("scale", q.shape[-1] ** -0.5)) * norms[0] * norms[1])
+    assert 2.0**26 < reached < 1.001 * LARGEST_LOGIT
 
 
 def test_a_problem_is_its_seed_s() -> None:

@@ -88,6 +88,8 @@ def test_a_failure_is_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     check = "import sys; sys.exit(int(sys.argv[sys.argv.index('--longest') + 1]) >= 16)"
     monkeypatch.setattr(fuzz, "_worker", lambda device: [sys.executable, "-c", check])
     failure: dict[str, Any] = {"seed": 77, "backend": "portable", "wrong": "wrong"}
-    found = fuzz.shrink(failure, "cpu", problems.LONGEST)
+    late = fuzz.shrink(failure, "cpu", problems.LONGEST, time.monotonic())
+    assert late["longest"] == problems.LONGEST and "out of time" in late["note"]
+    found = fuzz.shrink(failure, "cpu", problems.LONGEST, time.monotonic() + 60)
     assert found["longest"] == 16
     assert found["repro"] == "flashcore audit fuzz --only 77 --backend portable --longest 16"

@@ -75,6 +75,25 @@ def test_an_honest_algorithm_passes(
     require(out, q, k, v, lse=lse, is_causal=is_causal)
 
 
+def test_rows_alike_with_scores_too_large_to_tell_apart() -> None:
+    """The rounding of one weight in many rows: it does not average, and an honest kernel makes it."""
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for seed in range(40):
+        q = (4e3 * torch.randn(1, 1, 1, 64, generator=generator)).half().expand(1, 1, 30, 64)
+        k, v = (torch.randn(1, 1, 30, 64, generator=generator) for _ in "kv")
+        k, v = (3e3 * k).half(), v.half()
+        scores = (q.double() @ k.double().mT).float()
+        scale = torch.tensor(0.125 / math.log(2.0))
+        base = scores.amax(-1, keepdim=True) * scale
+        weights = torch.exp2((scores.double() * scale.double() - base.double()).float())  # as one FFMA has it
+        out = ((weights.half().double() @ v.double()).float() / weights.sum(-1, keepdim=True)).half()
+        verdict = check(out, q, k, v)
+        assert verdict.passed, (seed, verdict.failures)
+        worst = max(worst, verdict.frobenius.value / verdict.frobenius.limit)
+    assert worst > 1.5 / math.sqrt(3.0)  # some would have passed 1.5 floors
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("seqlen", [64, 256, 1024])
 def test_the_limits_are_those_of_the_contract(dtype: torch.dtype, seqlen: int) -> None:
