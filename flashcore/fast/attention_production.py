@@ -50,7 +50,8 @@ def attention(
         block_m: query rows per tile; None chooses.
         block_n: keys per tile; None chooses.
         is_causal: row i sees keys 0 .. i + Sk - Sq, aligned to the bottom right as in flash-attn 2.1 and later.
-        scale: factor of the scores, D ** -0.5 when None.
+        scale: factor of the scores, D ** -0.5 when None. Scaled scores are meant to stay below 2^27 in magnitude, where
+            fp32 still tells neighbours apart; a row of larger ones may come out as NaN.
         window: (left, right), keys before and after the diagonal that a row sees; -1 = unbounded.
         softcap: scores -> softcap * tanh(scores / softcap), before a mask is added; 0 = off.
         attn_mask: bool (True = attend), or fp16, bf16 or fp32 to be added to the scaled scores, where -inf hides a

@@ -12,6 +12,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from random import Random
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ LARGEST_LOGIT = 2.0**27  # in magnitude: beyond it nothing is promised, see the 
 DTYPES = (*[torch.float16] * 4, *[torch.bfloat16] * 4, torch.float32)  # fp32's kernels take longest to compile
 MASK_DTYPES = (torch.bool, torch.float16, torch.bfloat16, torch.float32)
 JUDGED = ("is_causal", "scale", "window", "softcap", "attn_mask", "seqused_k")
+ALIGNED = ("contiguous", "bshd", "packed", "sliced", "batch_broadcast", "head_broadcast")
 BROADCAST = ("batch_broadcast", "head_broadcast", "row_broadcast")
 
 
@@ -59,9 +61,11 @@ def random_problem(seed: int, longest: int = LONGEST) -> Call:
 def draw(kind: Random, detail: Random, longest: int = LONGEST) -> Call:
     """A problem: what a compiled kernel depends on is drawn from `kind`, the sizes and values from `detail`."""
     packed = kind.random() < 0.25
-    dtype = kind.choice(DTYPES)
-    dim = kind.choice((32, 64, 64, 128, 8 * kind.randint(1, 16), 8 * kind.randint(1, 32)))
-    dim_v = dim if kind.random() < 0.7 else 8 * kind.randint(1, 32)
+    tma = kind.random() < 0.5  # such as TMA describes: without them the Hopper kernel serves one in fifteen
+    dtype = kind.choice(DTYPES[:-1] if tma else DTYPES)
+    widest = 16 if tma else 32
+    dim = kind.choice((32, 64, 64, 128, 8 * kind.randint(1, 16), 8 * kind.randint(1, widest)))
+    dim_v = dim if kind.random() < 0.7 else 8 * kind.randint(1, widest)
     group = kind.choice((1, 1, 2, 3, 4))
     options: dict[str, Any] = {
         "is_causal": kind.random() < 0.4,
@@ -69,7 +73,8 @@ def draw(kind: Random, detail: Random, longest: int = LONGEST) -> Call:
         "out": kind.choice(("", "", "contiguous", "bshd", "padded")),
     }
     fp32 = dtype == torch.float32
-    if kind.random() < 0.5 and max(dim, dim_v) <= (64 if fp32 else 128):  # several tiles of few keys, on every GPU
+    few_keys = not tma and kind.random() < 0.5  # several tiles of them, on every GPU
+    if few_keys and max(dim, dim_v) <= (64 if fp32 else 128):
         options |= {"block_m": 32 if fp32 else 64, "block_n": 32}
     if kind.random() < 0.35:
         options["softcap"] = detail.choice((0.5, 1.0, 5.0, 20.0, 30.0, 50.0))
@@ -78,12 +83,12 @@ def draw(kind: Random, detail: Random, longest: int = LONGEST) -> Call:
     if size is not None or sign < 0:
         options["scale"] = sign * (dim**-0.5 if size is None else size)
     window = kind.choice((None, None, (True, True), (True, False), (False, True)))
-    layouts = [kind.choice(("contiguous", "contiguous", "bshd", *LAYOUTS)) for _ in "qkv"]
+    layouts = [kind.choice(("contiguous", "contiguous", "bshd", *(ALIGNED if tma else LAYOUTS))) for _ in "qkv"]
 
     pairs = max(4, longest // 8)
     heads_kv = detail.randint(1, min(3, pairs // group))
     sequences = pairs // (group * heads_kv)
-    made = _packed if packed else _padded
+    made = _packed if packed else partial(_padded, tma)
     sizes = (sequences, heads_kv * group, heads_kv, dim, dim_v)
     tensors, lengths = made(kind, detail, longest, sizes, dtype, layouts)
     options |= lengths
@@ -122,7 +127,7 @@ def _lengths(detail: Random, longest: int, pairs: int) -> tuple[int, int]:
 
 
 def _padded(
-    kind: Random, detail: Random, longest: int, sizes: tuple[int, int, int, int, int], dtype: torch.dtype,
+    tma: bool, kind: Random, detail: Random, longest: int, sizes: tuple[int, int, int, int, int], dtype: torch.dtype,
     layouts: list[str],
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     sequences, heads_q, heads_kv, dim, dim_v = sizes
@@ -139,7 +144,7 @@ def _padded(
         if not {*layouts[1:]} & {*BROADCAST}:
             inputs = poison_padding(inputs, extra["seqused_k"])
     if masked:
-        extra["attn_mask"] = _mask(kind, detail, (batch, heads_q, rows, keys))
+        extra["attn_mask"] = _mask(kind, detail, (batch, heads_q, rows, keys), tma)
     if 0 not in (rows, keys):
         inputs = Inputs(*(lay_out(t, where) for t, where in zip(inputs, layouts, strict=True)))
     if layout == "bshd":
@@ -182,11 +187,12 @@ def _inputs(detail: Random, shape: Shape, dtype: torch.dtype) -> Inputs:
     return make(family, shape, dtype, seed=detail.getrandbits(31))
 
 
-def _mask(kind: Random, detail: Random, scores: tuple[int, int, int, int]) -> Tensor:
+def _mask(kind: Random, detail: Random, scores: tuple[int, int, int, int], tma: bool) -> Tensor:
     """A mask of any form that broadcasts to `scores`, of any dtype, in any memory layout, with any kind of holes."""
     dtype = kind.choice(MASK_DTYPES)
-    whole = [detail.random() < 0.6, detail.random() < 0.6, kind.random() < 0.75, kind.random() < 0.85]
-    layout = kind.choice(("contiguous", "contiguous", "contiguous", "transposed", "sliced", "offset", "expanded"))
+    whole = [detail.random() < 0.6, detail.random() < 0.6, kind.random() < 0.75, tma or kind.random() < 0.85]
+    elsewhere = ("contiguous", "contiguous", "contiguous", "transposed", "sliced", "offset", "expanded")
+    layout = "padded" if tma else kind.choice(elsewhere)
     shape = [size if full else 1 for size, full in zip(scores, whole, strict=True)]
     generator = torch.Generator().manual_seed(detail.getrandbits(31))
     share = detail.choice((0.05, 0.5, 0.95))
@@ -224,6 +230,9 @@ def _lay_out_mask(mask: Tensor, layout: str) -> Tensor:
         return mask.new_ones(b, h + 1, m + 2, n + 3)[:, 1:, 1:-1, 2:-1].copy_(mask)
     if layout == "offset":
         return mask.new_ones(mask.numel() + 1)[1:].view(mask.shape).copy_(mask)
+    if layout == "padded":
+        *outer, keys = mask.shape
+        return mask.new_ones(*outer, -(-keys // 16) * 16)[..., :keys].copy_(mask)
     return mask
 
 

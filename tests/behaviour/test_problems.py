@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from flashcore.core import target as targets
 from flashcore.core.errors import UnsupportedError
-from flashcore.launch import compiled, portable
+from flashcore.launch import capability, compiled, portable
 from flashcore.launch.arguments import Options, packed_problem_of, problem_of
 from flashcore.launch.binding import packed_tiles
 from flashcore.launch.select import select
@@ -123,13 +123,26 @@ def test_every_option_meets_every_other() -> None:
 @pytest.mark.parametrize(("longest", "block_m"), [(SMALL, 16), (LONGEST, 64)])
 def test_packed_sequences_meet_both_grids(longest: int, block_m: int) -> None:
     met: Counter[bool] = Counter()
-    for seed in range(0, 200 * STEP, STEP):
+    for seed in range(0, 400 * STEP, STEP):
         if (call := random_problem(seed, longest)).packed:
             q, k, v = (call.tensors[name] for name in "qkv")
             most = call.options["max_seqlen_q"], call.options["max_seqlen_k"]
             sequences = len(call.tensors["cu_seqlens_q"]) - 1
             met[packed_tiles(packed_problem_of(q, k, v, None, sequences, *most, Options()), block_m) > 0] += 1
     assert min(met[False], met[True]) > 5
+
+
+def test_the_hopper_kernel_has_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capability, "_triton", lambda: capability.TRITON_RELEASES[0])
+    chosen: Counter[str] = Counter()
+    for seed in range(0, 200 * STEP, STEP):
+        call = random_problem(seed)
+        given = Options(**{name: call.options[name] for name in Options._fields if name in call.options})
+        if not call.packed:
+            q, k, v = (call.tensors[name] for name in "qkv")
+            asked = problem_of(q, k, v, None, given, call.tensors.get("attn_mask"), call.tensors.get("seqused_k"))
+            chosen[select(asked, targets.H100, block_m=given.block_m, block_n=given.block_n).kernel] += 1
+    assert chosen["hopper"] > chosen.total() / 4 and chosen["portable"] > chosen.total() / 4
 
 
 def test_no_logit_is_larger_than_promised() -> None:
