@@ -96,14 +96,14 @@ def draw(kind: Random, detail: Random, longest: int = LONGEST) -> Call:
         most = max(size for t in tensors.values() for size in t.shape)
         options["window"] = tuple(detail.choice((0, 1, detail.randint(0, most + 2))) if side else -1 for side in window)
     scale = options.get("scale", dim**-0.5)
-    reach = abs(scale) * _longest(tensors["q"]) * _longest(tensors["k"])
+    reach = abs(scale) * _largest_norm(tensors["q"]) * _largest_norm(tensors["k"])
     if reach > LARGEST_LOGIT:
         options["scale"] = scale * LARGEST_LOGIT / reach
     return Call(tensors, options)
 
 
-def _longest(rows: Tensor) -> float:
-    """The largest norm of a row."""
+def _largest_norm(rows: Tensor) -> float:
+    """Of a row's numbers, those that are finite."""
     return float(rows.double().nan_to_num(0.0, 0.0, 0.0).norm(dim=-1).max()) if rows.numel() else 0.0
 
 

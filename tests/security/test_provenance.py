@@ -11,22 +11,12 @@ from flashcore.launch.packet import Template
 from flashcore.security import audit, provenance, sass, taint
 from flashcore.security.provenance import Parameters
 from flashcore.security.variants import Variant, variants
+from tests.security.by_hand import code
 
 # seqused_k at 0x188, a number at 0x190; q at 0x160 is in no range, as everything that is not known
 WHERE = Parameters((range(0x188, 0x190),), (range(0x190, 0x194), range(0x00, 0x18), range(0x208, 0x210)))
 LENGTHS = ["MOV R2, c[0x0][0x188]", "MOV R3, c[0x0][0x18c]"]
 LOAD = "LDG.E R0, [R2.64]"
-
-
-def code(*lines: str) -> sass.Code:
-    text, offset = ".text.kernel:\n", 0
-    for line in (*lines, "EXIT"):
-        if line.endswith(":"):
-            text += line + "\n"
-        else:
-            text += f"        /*{offset:04x}*/                   {line} ;\n"
-            offset += 16
-    return sass.parse(text)
 
 
 def public(*lines: str) -> list[str]:

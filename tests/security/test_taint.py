@@ -6,20 +6,13 @@ import pytest
 
 from flashcore.security import sass, taint
 from flashcore.security.taint import Finding
+from tests.security.by_hand import code
 
 DATA = "LDS R0, [R20]"  # R0 is data from here on
 
 
 def analyse(*lines: str) -> taint.Taint:
-    """A kernel of these instructions; a line that ends in a colon is a label."""
-    text, offset = ".text.kernel:\n", 0
-    for line in (*lines, "EXIT"):
-        if line.endswith(":"):
-            text += line + "\n"
-        else:
-            text += f"        /*{offset:04x}*/                   {line} ;\n"
-            offset += 16
-    return taint.analyse(sass.parse(text))
+    return taint.analyse(code(*lines))
 
 
 def found(*lines: str) -> list[Finding]:

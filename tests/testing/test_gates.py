@@ -94,6 +94,18 @@ def test_rows_alike_with_scores_too_large_to_tell_apart() -> None:
     assert worst > 1.5 / math.sqrt(3.0)  # some would have passed 1.5 floors
 
 
+@pytest.mark.parametrize("number", [0.5125, 0.575, 0.7])
+def test_fp32_sums_of_equal_numbers_err_alike(number: float) -> None:
+    """Added one by one, each is rounded in the same direction: more than random roundings come to, and still honest."""
+    keys, total = 1024, torch.zeros(())
+    for _ in range(keys):
+        total = total + torch.tensor(number)
+    inputs = torch.zeros(1, 1, 2, 8), torch.zeros(1, 1, keys, 8), torch.full((1, 1, keys, 8), number)
+    verdict = check((total / keys).expand(1, 1, 2, 8), *inputs)
+    assert verdict.passed, verdict.failures
+    assert verdict.frobenius.value > verdict.frobenius.limit / 2  # the limit for roundings at random
+
+
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("seqlen", [64, 256, 1024])
 def test_the_limits_are_those_of_the_contract(dtype: torch.dtype, seqlen: int) -> None:
