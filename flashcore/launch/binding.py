@@ -120,7 +120,7 @@ def packed_tiles(problem: Problem, block_m: int) -> int:
 
     Sequence i has the numbers from first row // block_m + i on, enough whatever the lengths are, which only the device
     knows. The other grid has the longest sequence's tiles for each: better while fewer than half of them are empty,
-    since looking up takes as many loads in a row as the number of sequences has bits.
+    since looking up takes a load more, and another for every 32nd part of the sequences.
     """
     if problem.packed is None:
         return 0

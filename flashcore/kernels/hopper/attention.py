@@ -58,21 +58,23 @@ def _rows_of(cu_seqlens, batch, total, longest):
 
 
 @gluon.jit
-def _number_of(cu_seqlens, batch, total, BLOCK_M: gl.constexpr):
-    """The first of a packed sequence's numbers of tiles: it has one for every BLOCK_M rows that it may touch."""
-    return gl.minimum(gl.maximum(gl.load(cu_seqlens + batch), 0), total) // BLOCK_M + batch
+def _tile_of(number, cu_seqlens, sequences, total, BLOCK_M: gl.constexpr, WARPS: gl.constexpr):
+    """(tile of rows, sequence) of a number; a tile past every end where it is before the first sequence's.
 
-
-@gluon.jit
-def _tile_of(number, cu_seqlens, sequences, total, BLOCK_M: gl.constexpr):
-    """(tile of rows, sequence) of a number; a tile past every end where it is before the first sequence's."""
-    low, high = sequences * 0, sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        reached = _number_of(cu_seqlens, middle, total, BLOCK_M) <= number
-        low, high = gl.where(reached, middle, low), gl.where(reached, high, middle)
-    tile = number - _number_of(cu_seqlens, low, total, BLOCK_M)
-    return gl.where(tile < 0, total // BLOCK_M + 1, tile), low
+    A sequence's numbers begin with first row // BLOCK_M + its own: one for every BLOCK_M rows that it may touch. Every
+    warp looks at 32 sequences at once, one a lane, which meet without shared memory; then at the 32nd part around.
+    """
+    lanes = gl.arange(0, 32, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    low, end, step, begin = sequences * 0, sequences, 2, sequences * 0
+    while step > 1:
+        step = (end - low + 31) // 32
+        batch = low + lanes * step
+        row = gl.minimum(gl.maximum(gl.load(cu_seqlens + batch, mask=batch < end, other=0), 0), total)
+        reached = (batch < end) & (row // BLOCK_M + batch <= number)
+        begin = gl.max(gl.where(reached, row // BLOCK_M + batch, -1), 0)
+        low = gl.max(gl.where(reached, batch, low), 0)
+        end = gl.minimum(end, low + step)
+    return gl.where(begin < 0, total // BLOCK_M + 1, number - begin), low
 
 
 @gluon.jit
@@ -287,7 +289,7 @@ def attention_forward(
     gdc_wait()  # the set-up above overlaps with whatever ran before in the stream; it has now written its results
     if sequences is not None:
         number = gl.num_programs(0) - 1 - gl.program_id(0) if CAUSAL else gl.program_id(0)
-        row_tile, batch = _tile_of(number, cu_seqlens_q, sequences, total_q, BLOCK_M)
+        row_tile, batch = _tile_of(number, cu_seqlens_q, sequences, total_q, BLOCK_M, WARPS)
         head = gl.program_id(1)
     seqlen_q, seqlen_k, first_q, first_k = longest_q, longest_k, 0, 0
     if cu_seqlens_q is not None:
