@@ -95,8 +95,8 @@ _PLANTED = (
     _kernel("keys of the first sequence", "first_k, seqlen_k = _rows_of(cu_seqlens_k, batch, total_k, longest_k)",
             "first_k, seqlen_k = _rows_of(cu_seqlens_k, batch, total_k, longest_k)\n        first_k = first_k * 0",
             "packed"),
-    _kernel("short sequences share a number", "(row // BLOCK_M + batch <= number)",
-            "(row // BLOCK_M <= number)", "packed, short"),
+    _kernel("tiles of a short sequence counted from the rows alone", "gl.where(reached, row // BLOCK_M + batch, -1)",
+            "gl.where(reached, row // BLOCK_M, -1)", "packed, short"),
     # -- addresses
     _kernel("key heads in turn", f"_load(k_desc, {_FIRST.format('k')}",
             f"_load(k_desc, {_FIRST.format('k').replace('head // GROUP', 'head % (heads // GROUP)')}"),
