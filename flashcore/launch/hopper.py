@@ -1,4 +1,4 @@
-"""The Hopper kernel bound to a problem."""
+"""The Hopper kernels bound to a problem."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from flashcore.core.config import Config
 from flashcore.core.problem import Mask, Problem, Strides
 from flashcore.core.target import Target
 from flashcore.kernels.hopper.attention import attention_forward
+from flashcore.kernels.hopper.specialized import attention_forward_specialized
 from flashcore.launch.binding import (
     Binding,
     Pointer,
@@ -23,6 +24,7 @@ from flashcore.launch.binding import (
     score_scalars,
 )
 
+SPECIALIZED = "specialized"  # the schedule that is a kernel of its own
 _REGISTERS = 65_536  # of an SM
 _RESERVED = 1024  # bytes of shared memory that CUDA keeps for itself in every block
 _OPTIONAL = (  # parameters that are None where the problem does not use them
@@ -41,6 +43,8 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
 
     A grid with a 0 in it means that there is nothing to compute and nothing must be launched.
     """
+    if config.schedule == SPECIALIZED:
+        return _specialized(problem, config, scale, target)
     p = problem
     block_d, block_dv = block_of(p.head_dim), block_of(p.head_dim_v)
     row_tiles = -(-p.seqlen_q // config.block_m)
@@ -56,10 +60,9 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
         name: str, extent: tuple[int, int, int | None], columns: int, strides: Strides, box: tuple[int, int]
     ) -> Tma:
         heads, rows, total = extent
-        batch = 1 if p.packed else p.batch
         if total is None:
-            plain = (batch, heads, rows, columns)
-            return _descriptor(name, p.dtype, plain, (*_steps(plain, strides), 1), (1, 1, *box))
+            return _plain(p, name, (heads, rows, columns), strides, box)
+        batch = 1 if p.packed else p.batch
         # Row y + x - rows, see the kernel's _load: x ends where the sequence does, y says where it begins.
         sb, sh, sr = _steps((batch, heads, total + 1, columns), strides)
         shape = (batch, heads, total + 1, rows, columns)
@@ -79,9 +82,7 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
     args |= length_pointers(p, config.block_m)
     args |= score_scalars(p, scale)
     args |= {"longest_q": Scalar("i32", p.seqlen_q), "longest_k": Scalar("i32", p.seqlen_k)}
-    for name, size in (("row_tiles", row_tiles), ("heads", p.heads_q), ("pairs", pairs)):
-        args[name] = Scalar("i32", size)
-        args[f"per_{name}"] = Scalar("i64", -(-(2**32) // max(size, 1)))
+    args |= _divisors(row_tiles=row_tiles, heads=p.heads_q, pairs=pairs)
     args["items"] = Scalar("i32", items if persistent else 1)
 
     constexprs: dict[str, Any] = dict.fromkeys(name for name in _OPTIONAL if name not in args)
@@ -108,6 +109,49 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
         "num_warps": config.num_warps, "maxnreg": config.maxnreg, "enable_fp_fusion": True, "launch_pdl": True
     }  # fmt: skip
     return Binding(attention_forward, True, grid, args, constexprs, options)
+
+
+def _specialized(p: Problem, config: Config, scale: float, target: Target) -> Binding:
+    block_d, block_dv = block_of(p.head_dim), block_of(p.head_dim_v)
+    rows = config.block_m * 4 // config.num_warps  # of a warpgroup
+    row_tiles = -(-p.seqlen_q // config.block_m)
+    items = row_tiles * p.heads_q * p.batch
+    queries, keys = (p.heads_q, p.seqlen_q), (p.heads_kv, p.seqlen_k)
+    args: dict[str, Any] = {
+        "q_desc": _plain(p, "q", (*queries, p.head_dim), p.stride_q, (rows, block_d)),
+        "k_desc": _plain(p, "k", (*keys, p.head_dim), p.stride_k, (config.block_n, block_d)),
+        "v_desc": _plain(p, "v", (*keys, p.head_dim_v), p.stride_v, (config.block_n, block_dv)),
+        "o_desc": _plain(p, "o", (*queries, p.head_dim_v), p.stride_o, (rows, block_dv)),
+    }
+    if p.return_lse:
+        args["lse"] = Pointer("lse", "*fp32", True)
+    args |= score_scalars(p, scale)
+    args |= {"longest_q": Scalar("i32", p.seqlen_q), "longest_k": Scalar("i32", p.seqlen_k)}
+    args |= _divisors(row_tiles=row_tiles, heads=p.heads_q)
+    args["items"] = Scalar("i32", items)
+    constexprs = {} if p.return_lse else {"lse": None}
+    constexprs |= {
+        "GROUP": p.group, "CAUSAL": p.is_causal, "EVEN_N": p.seqlen_k % config.block_n == 0, "NEGATE": scale < 0,
+        "GROUPS": config.num_warps // 4, "STAGES": config.num_stages, "REGISTERS": config.maxnreg,
+    }  # fmt: skip
+    grid = (min(items, target.sms), 1, 1)
+    # The first warpgroup's warps are the kernel's own, the others come with its partitions, and so do their registers.
+    options = {"num_warps": 4, "enable_fp_fusion": True, "launch_pdl": True}
+    return Binding(attention_forward_specialized, True, grid, args, constexprs, options)
+
+
+def _divisors(**sizes: int) -> dict[str, Scalar]:
+    """Sizes, and what the kernels' `divide` divides by them with."""
+    found = {}
+    for name, size in sizes.items():
+        found |= {name: Scalar("i32", size), f"per_{name}": Scalar("i64", -(-(2**32) // max(size, 1)))}
+    return found
+
+
+def _plain(p: Problem, name: str, extent: tuple[int, int, int], strides: Strides, box: tuple[int, int]) -> Tma:
+    """Over [batch, heads, rows, columns]."""
+    shape = (1 if p.packed else p.batch, *extent)
+    return _descriptor(name, p.dtype, shape, (*_steps(shape, strides), 1), (1, 1, *box))
 
 
 def _descriptor(

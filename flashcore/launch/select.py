@@ -177,8 +177,25 @@ def _hopper_options(problem: Problem) -> tuple[Config, ...]:
     return (*(replace(c, schedule="persistent") for c in flat if problem.seqlen_k > c.block_n), *flat)
 
 
+def _specialized(problem: Problem) -> tuple[Config, ...]:
+    """Blocks of warpgroups that share K and V. Two of them, with 240 registers a thread; three, with 160, where those
+    are enough. At head dimensions up to 96 small blocks are faster.
+    """
+    p = problem
+    if max(p.head_dim, p.head_dim_v) <= 96 or p.seqlen_k <= 128 or not _counts(p, 128):
+        return ()
+    if p.is_causal and p.seqlen_q > p.seqlen_k:
+        return ()  # rows that see no key
+    two = Config("hopper", 128, 128, 8, 2, "specialized", 240)
+    if p.is_causal or p.return_lse or p.seqlen_k % two.block_n:
+        return (two,)
+    return Config("hopper", 192, 128, 12, 2, "specialized", 160), two
+
+
 def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
-    """The Hopper kernel's configurations, each as blocks that take one tile and as blocks that stay for several."""
+    """The Hopper kernels' configurations: blocks that take one tile, blocks that stay for several, and blocks of
+    warpgroups that share K and V.
+    """
     if problem.options:
         return _hopper_options(problem)
     dim = max(problem.head_dim, problem.head_dim_v)
@@ -202,7 +219,7 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
         if schedule and problem.is_causal and dim > 80 and registers == 128:
             continue  # the diagonal and the next item together spill
         configs.append(Config("hopper", m, n, warps, 1, schedule, registers))
-    return tuple(configs)
+    return (*configs, *_specialized(problem))
 
 
 def _counts(p: Problem, block_m: int) -> bool:
@@ -297,7 +314,8 @@ def _listed(row: lookup.Row, target: Target) -> tuple[Config, ...] | None:
 
 
 def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
-    """The Hopper kernel's first configuration where it serves, as blocks that stay for up to four items each.
+    """The Hopper kernel's first configuration where it serves, as blocks that stay for up to four items each; blocks of
+    warpgroups that share K and V for 2,048 keys or more, where they fill the GPU.
 
     128 rows for head dimensions between 64 and 96, where there is a block for every SM: rows of K and V then lie across
     the L2's lines, and TMA's requests bind, which 128 rows halve. Else 64.
@@ -316,6 +334,8 @@ def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
     ours = [c for c in configs if c.kernel == "hopper"]
     if ours:
         stays = "persistent" if 1 < blocks(64) / (4 * target.sms) <= 4 and p.seqlen_k > 128 else ""
+        shared = p.seqlen_k >= 2048 and blocks(128) >= target.sms
+        ours = [c for c in ours if (c.schedule == "specialized") == shared] or ours
         wide = 64 < max(p.head_dim, p.head_dim_v) <= 96 and blocks(128) >= target.sms
         ours = [c for c in ours if (c.block_m == 128) == wide] or ours
         return next((c for c in ours if c.schedule == stays), ours[0])

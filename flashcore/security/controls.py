@@ -56,9 +56,9 @@ CONTROLS: dict[str, dict[str, Mutant]] = {
         "rescale": Mutant(
             "conditional rescale, hopper",
             _HOPPER,
-            "                    acc = _times(acc, alpha)\n",
+            "                    acc = times(acc, alpha)\n",
             """                    if gl.min(alpha, 0) < 0.00390625:
-                        acc = _times(acc, alpha)
+                        acc = times(acc, alpha)
 """,
         ),
         "mask": Mutant(

@@ -53,7 +53,7 @@ _INSERTED = {
     ),
     # behind gdc_wait, or the kernel in front would be timed too
     "hopper": _inserted(
-        "gluon.jit", "block_barrier()", "_divide", "q_desc, k_desc, v_desc, o_desc, lse",
+        "gluon.jit", "block_barrier()", "divide", "q_desc, k_desc, v_desc, o_desc, lse",
         "    seqlen_q, seqlen_k, first_q, first_k = longest_q,", "        turn += 1\n    tma.store_wait(0)\n",
     ),
 }  # fmt: skip

@@ -7,11 +7,14 @@ and from no other pointer, no constant of unknown meaning, no other loaded value
 among lengths is public, an address mixed from public and secret pointers is secret, and so is what a page table's entry
 leads to.
 
-Only loads from global memory into registers count: what passes shared memory is secret, whatever it was. A store that
-may go through a pointer to lengths, or may store one, makes every load secret.
+Otherwise what passes shared memory is secret, whatever it was, but for one load: warps beside the kernel's first ones
+read there what they are to do, a byte for each at the end of the block's shared memory, which Triton writes and no
+tensor has part in. That is taken for public if it is read by a warp's own number and nothing that came from a load or
+a product is stored to shared memory word by word. A store that may go through a pointer to lengths, or may store one,
+makes every load secret.
 
-Assumed, not seen: that addresses stay within the tensor they point to (compute-sanitizer), and that nobody else writes
-data into the lengths' memory.
+Assumed, not seen: that addresses stay within the tensor or the tile they point to (compute-sanitizer), and that nobody
+else writes data into the lengths' memory.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flashcore.launch.binding import Binding, Scalar
@@ -49,6 +52,7 @@ class Parameters:
 
     lengths: tuple[range, ...]  # pointers to public values
     numbers: tuple[range, ...]
+    duties: int | None = None  # where in shared memory warps read what they are to do, less their own number; None = none
 
 
 def parameters(binding: Binding, compiled: Compiled) -> Parameters:
@@ -57,7 +61,10 @@ def parameters(binding: Binding, compiled: Compiled) -> Parameters:
     Raises:
         ValueError: the machine code's header lists other parameters than the launch passes.
     """
-    return _parameters(binding, Template(binding, compiled), compiled.arch, header(compiled.cubin))
+    found = _parameters(binding, Template(binding, compiled), compiled.arch, header(compiled.cubin))
+    first = binding.options["num_warps"]
+    others = compiled.threads // 32 - first
+    return replace(found, duties=compiled.shared - others - first) if others else found
 
 
 def _parameters(binding: Binding, template: Template, arch: int, listed: list[range]) -> Parameters:
@@ -96,7 +103,28 @@ def header(cubin: bytes) -> list[range]:
 
 
 def public_loads(code: Code, where: Parameters) -> frozenset[int]:
-    """The indices of the instructions that load nothing but lengths."""
+    """The indices of the instructions that load nothing but lengths, or a warp's duty."""
+    return _lengths(code, where) | _duties(code, where)
+
+
+def _duties(code: Code, where: Parameters) -> frozenset[int]:
+    if where.duties is None:
+        return frozenset()
+    stored = [i for i, each in enumerate(code.instructions) if each.opcode == "STS"]
+    asked = [
+        i for i, each in enumerate(code.instructions)
+        if each.opcode == "LDS" and re.search(rf"LDS\.U8 R\d+, \[R\d+\+UR\d+\+{where.duties:#x}\]", each.text)
+    ]  # fmt: skip
+    data = frozenset(
+        i for i, each in enumerate(code.instructions)
+        if (each.opcode in sass.LOADS and i not in asked) or each.opcode in sass.PRODUCTS
+    )  # fmt: skip
+    reached = taint.reached_by(code, data)
+    tainted = [code.instructions[i].uses & (reached[i] or 0) for i in (*stored, *asked)]
+    return frozenset() if any(tainted) else frozenset(asked)
+
+
+def _lengths(code: Code, where: Parameters) -> frozenset[int]:
     if not where.lengths:
         return frozenset()
     origins = [_constants(each, where) for each in code.instructions]

@@ -47,7 +47,7 @@ STORES = _words("LDGSTS RED ST STG STS STSM UTMALDG UTMASTG")
 GLOBAL = _words("ATOM ATOMG LD LDG LDGSTS RED ST STG")  # by the descriptor of global memory
 PRODUCTS = _words("HGMMA HMMA")
 BARRIERS = _words("""
-    ACQBULK BAR CCTL DEPBAR ERRBAR FENCE LDGDEPBAR MEMBAR NANOSLEEP PREEXIT SYNCS UTMACMDFLUSH WARPGROUP
+    ACQBULK BAR CCTL DEPBAR ERRBAR FENCE LDGDEPBAR MEMBAR NANOSLEEP PREEXIT SYNCS USETMAXREG UTMACMDFLUSH WARPGROUP
     """)
 BRANCHES = _words("BRA BREAK BRX BSSY BSYNC CALL EXIT JMP JMX KILL RET WARPSYNC YIELD")
 INDIRECT = _words("BRX JMX RET")
@@ -63,6 +63,7 @@ _KEEP = re.compile(r"LOP3\.LUT (R\d+), \1(?:\.reuse)?, 0x([0-9a-f]+), RZ, 0xc0, 
 _TEST = re.compile(r"LOP3\.LUT P\d+, RZ, (R\d+)(?:\.reuse)?, 0x([0-9a-f]+), RZ, 0xc0, !PT$")
 _SLOT = re.compile(r"\[R1(?:\+0x([0-9a-f]+))?\]$")
 _LABEL = re.compile(r"^(\.L_\w+):")
+_TABLE = re.compile(r"\(\*\"BRANCH_TARGETS ([^\"]*)\"\*\)")  # of an indirect branch, as nvdisasm found it
 _TEXT = re.compile(r"^\s+(?:@(!?U?P[T\d]\d*)\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)\s*(.*)$")
 
 
@@ -85,6 +86,7 @@ class Instruction:
     negated: bool  # it runs where the guard is false
     ends: bool  # nothing behind it runs unless something branches there
     label: str  # where it may branch to, "" for nowhere
+    table: tuple[str, ...] = ()  # where an indirect branch leads, () where that is not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,9 @@ def decode(text: str, offset: int = 0) -> Instruction:
     if match is None or match[2] not in _KNOWN:
         raise UnknownInstructionError(f"{offset:#06x}: {text}")
     opcode, modifiers = match[2], match[3].split(".")[1:]
-    operands = [part.strip() for part in re.sub(r"`\(.*?\)", "", match[4]).split(",") if part.strip()]
+    table = _TABLE.search(match[4])
+    plain = _TABLE.sub("", re.sub(r"`\(.*?\)", "", match[4]))
+    operands = [part.strip() for part in plain.split(",") if part.strip()]
     target = re.search(r"`\((\.L_\w+)\)", match[4])
     guard = _registers(match[1] or "")
     written = _written(opcode, operands)
@@ -181,7 +185,7 @@ def decode(text: str, offset: int = 0) -> Instruction:
     return Instruction(
         offset, text.strip(), opcode, defs, 0 if match[1] else defs, uses | guard, addresses, guard,
         negated=(match[1] or "").startswith("!"), ends=opcode in _LEAVING and not conditional,
-        label=target[1] if target else "",
+        label=target[1] if target else "", table=tuple(table[1].split(",")) if table else (),
     )  # fmt: skip
 
 
@@ -235,7 +239,7 @@ def _successors(instructions: list[Instruction], labels: dict[str, int]) -> list
     to is itself a question of what runs before it.
     """
     for each in instructions:
-        if each.label and each.label not in labels:
+        if not {each.label, *each.table} - {""} <= labels.keys():
             raise ValueError(f"{each.text}: no such label")
     behind_calls = {i + 1 for i, each in enumerate(instructions) if each.opcode == "CALL"}
     anywhere = {*labels.values(), *behind_calls} - {len(instructions)}
@@ -254,7 +258,7 @@ def _successors(instructions: list[Instruction], labels: dict[str, int]) -> list
         elif each.opcode == "BSYNC":
             go_on |= {labels[instructions[j].label] for j in still_open if instructions[j].defs & each.uses}
         elif each.opcode in INDIRECT:
-            go_on |= anywhere
+            go_on |= {labels[label] for label in each.table} or anywhere
         elif each.label:
             go_on.add(labels[each.label])
         elif each.opcode in ("BRA", "JMP", "CALL"):
@@ -270,8 +274,10 @@ def _successors(instructions: list[Instruction], labels: dict[str, int]) -> list
 
 def _written(opcode: str, operands: list[str]) -> int:
     """How many of the operands, from the first on, are results."""
-    if opcode in STORES or opcode in BRANCHES - {"BSSY"} or opcode in BARRIERS - {"SYNCS"} or opcode in ("STL", "NOP"):
+    if opcode in STORES or opcode in BRANCHES - {"BSSY"} or opcode in BARRIERS - {"SYNCS", "USETMAXREG"} or opcode in ("STL", "NOP"):
         return 0
+    if opcode == "USETMAXREG":  # asking for more says whether they are there
+        return len(operands) - 1
     if opcode in _SET_PREDICATES or opcode in ("SHFL", "ELECT"):
         return 2
     if opcode in ("LOP3", "ULOP3") and _PLAIN_PREDICATE.match(operands[0]):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from flashcore.testing.mutants import Mutant
 
 KERNEL = "kernels/hopper/attention.py"
+SPECIALIZED = "kernels/hopper/specialized.py"
 BINDING = "launch/hopper.py"
 
 
@@ -24,6 +25,10 @@ def _kernel(name: str, old: str, new: str, trial: str = "plain") -> HopperMutant
     return HopperMutant(name, KERNEL, old, new, trial)
 
 
+def _specialized(name: str, old: str, new: str, trial: str = "shared") -> HopperMutant:
+    return HopperMutant(f"specialized: {name}", SPECIALIZED, old, new, trial)
+
+
 def _binding(name: str, old: str, new: str, trial: str = "plain") -> HopperMutant:
     return HopperMutant(name, BINDING, old, new, trial)
 
@@ -36,9 +41,9 @@ _PLANTED = (
     _kernel("maximum not scaled", "gl.max(s, 1) * qk_scale", "gl.max(s, 1)"),
     _kernel("rescale upside down", "else m - base)", "else base - m)"),
     _kernel("rescale beside a bias in base 2", "gl.exp2((m - base) * LOG2E if", "gl.exp2((m - base) if", "bias"),
-    _kernel("sum not rescaled", "_times(l, alpha) + sums", "l + sums"),
-    _kernel("accumulator not rescaled", " acc = _times(acc, alpha)", " acc = acc"),
-    _kernel("accumulator of the second part not rescaled", "more_acc = _times(more_acc, alpha)", "more_acc = more_acc",
+    _kernel("sum not rescaled", "times(l, alpha) + sums", "l + sums"),
+    _kernel("accumulator not rescaled", " acc = times(acc, alpha)", " acc = acc"),
+    _kernel("accumulator of the second part not rescaled", "more_acc = times(more_acc, alpha)", "more_acc = more_acc",
             "columns"),
     _kernel("base e for base 2", "p = gl.exp2((s", "p = gl.exp((s"),
     # -- precision
@@ -50,9 +55,10 @@ _PLANTED = (
     _kernel("scores in fp16", "s = warpgroup_mma_wait(0, deps=(scores,))",
             "s = warpgroup_mma_wait(0, deps=(scores,)).to(gl.float16).to(gl.float32)", "wide"),
     _kernel("result 0.1% too large", "inverse = 1.0 / total", "inverse = 1.001 / total"),
-    _binding("scale 0.3% too large", "score_scalars(p, scale)", "score_scalars(p, 1.003 * scale)"),
+    _binding("scale 0.3% too large", "block_m)\n    args |= score_scalars(p, scale)",
+             "block_m)\n    args |= score_scalars(p, 1.003 * scale)"),
     _kernel("sign of scale lost", "s = -s", "s = s", "negative scale"),
-    _binding("scale counts as positive", '"NEGATE": scale < 0', '"NEGATE": False', "negative scale"),
+    _binding("scale counts as positive", '"NEGATE": scale < 0, "PERS', '"NEGATE": False, "PERS', "negative scale"),
     # -- lse
     _kernel("lse in base 2", "else m * LN2", "else m"),
     _kernel("lse of every batch in the first", "(batch.to(gl.int64) * heads + head)",
@@ -109,7 +115,40 @@ _PLANTED = (
     _binding("strides of v for k", 'descriptor("k", keys, p.head_dim, p.stride_k',
              'descriptor("k", keys, p.head_dim, p.stride_v', "strides"),
     _binding("strides of q for the output", "p.head_dim_v, p.stride_o", "p.head_dim_v, p.stride_q", "strides"),
-    _binding("last rows unwritten", "row_tiles = -(-p.seqlen_q // config.block_m)",
-             "row_tiles = p.seqlen_q // config.block_m"),
+    _binding("last rows unwritten", "row_tiles = -(-p.seqlen_q // config.block_m)\n    pairs",
+             "row_tiles = p.seqlen_q // config.block_m\n    pairs"),
+    # -- warpgroups that share K and V
+    _specialized("accumulator not rescaled", "acc = times(acc, alpha)\n        p = gl.convert_layout(p, P",
+                 "p = gl.convert_layout(p, P"),
+    _specialized("accumulator not rescaled where products overlap",
+                 "acc = times(acc, alpha)\n        p = gl.convert_layout(next_p", "p = gl.convert_layout(next_p",
+                 "shared, causal"),
+    _specialized("weights of the tile before", "p = gl.convert_layout(next_p, P, assert_trivial=True)", "p = p",
+                 "shared, causal"),
+    _specialized("first tile's maximum forgotten", "work, P, dtype, True, EVEN_N, NEGATE)",
+                 "work, P, dtype, True, EVEN_N, NEGATE)\n    m = m - 3.0", "shared, causal"),
+    _specialized("rows of the first warpgroup for all", "batch, head, row + i * ROWS)", "batch, head, row)"),
+    _specialized("key heads in turn", "keys.fill(loads, k_desc, batch, head // work.GROUP",
+                 "keys.fill(loads, k_desc, batch, head % (work.heads // work.GROUP)"),
+    _specialized("value heads in turn", "values.fill(loads, v_desc, batch, head // work.GROUP",
+                 "values.fill(loads, v_desc, batch, head % (work.heads // work.GROUP)"),
+    _specialized("values of the first tile", "head // work.GROUP, tile * work.BLOCK_N)\n            loads",
+                 "head // work.GROUP, 0)\n            loads"),
+    _specialized("items left out on the way back", "self.step - 1 - self.first", "self.step - self.first",
+                 "shared, many"),
+    _specialized("batches mixed up", "batch = divide(pair, self.per_heads)", "batch = divide(pair, self.per_heads) * 0"),
+    _specialized("diagonal tile without its mask", "visible = gl.minimum(visible, row + shift + 1)",
+                 "visible = gl.minimum(visible, row + shift + 128)", "shared, causal"),
+    _specialized("diagonal tile skipped", "seen, end + self.seqlen_k", "seen, end - 64 + self.seqlen_k",
+                 "shared, causal"),
+    _specialized("sign of scale lost", "s = -s", "s = s", "shared, negative"),
+    _specialized("result 0.1% too large", "1.0 / total", "1.001 / total"),
+    _specialized("lse in base 2", "m * LN2 +", "m +"),
+    _specialized("lse of every batch in the first", "(batch.to(gl.int64) * work.heads", "(batch.to(gl.int64) * 0"),
+    _specialized("lse of the last row unwritten", "mask=rows < work.seqlen_q)", "mask=rows < work.seqlen_q - 1)"),
+    _binding("specialized: keys beyond the end", '"EVEN_N": p.seqlen_k % config.block_n == 0, "NEG',
+             '"EVEN_N": True, "NEG', "shared, causal"),
+    _binding("specialized: last rows unwritten", "row_tiles = -(-p.seqlen_q // config.block_m)\n    items",
+             "row_tiles = p.seqlen_q // config.block_m\n    items", "shared"),
 )  # fmt: skip
 MUTANTS: dict[str, HopperMutant] = {mutant.name: mutant for mutant in _PLANTED}

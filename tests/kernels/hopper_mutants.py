@@ -23,8 +23,12 @@ from flashcore.launch.arguments import Options, packed_problem_of, problem_of
 from flashcore.launch.binding import Binding
 from flashcore.testing import Guarded, Shape, check, lay_out, make
 from flashcore.testing.mutants import plant
-from flashcore.testing.mutants_hopper import KERNEL, MUTANTS, HopperMutant
+from flashcore.testing.mutants_hopper import KERNEL, MUTANTS, SPECIALIZED, HopperMutant
 
+FLAT = Config("hopper", 64, 64, 4, 1, "", 168)
+STAYS = replace(FLAT, schedule="persistent")
+THREE = Config("hopper", 192, 128, 12, 2, "specialized", 160)
+TWO = Config("hopper", 128, 128, 8, 2, "specialized", 240)
 BOUNDS = {  # of packed sequences
     "packed": (0, 40, 40, 150),
     "short": (0, 5, 6, 10, 16, 22, 30, 38, 238),
@@ -41,7 +45,7 @@ class Trial:
     out: str = "contiguous"
     options: dict[str, Any] = field(default_factory=dict)
     extra: str = ""  # a mask, lengths
-    schedule: str = ""
+    config: Config = FLAT
 
 
 TRIALS = {
@@ -59,10 +63,14 @@ TRIALS = {
     "lengths": Trial(extra="lengths"),
     "packed": Trial(Shape(1, 4, 150, 64, heads_kv=2, seqlen_k=150), extra="packed"),
     "packed, short": Trial(Shape(1, 4, 238, 64, heads_kv=2, seqlen_k=238), extra="short"),
-    "persistent": Trial(Shape(40, 16, 128, 64, heads_kv=4, seqlen_k=192), schedule="persistent"),
+    "persistent": Trial(Shape(40, 16, 128, 64, heads_kv=4, seqlen_k=192), config=STAYS),
     "narrow tile": Trial(Shape(2, 4, 200, 64, heads_kv=2, seqlen_k=265)),
-    "narrow tile, persistent": Trial(Shape(40, 16, 128, 64, heads_kv=4, seqlen_k=210), schedule="persistent"),
+    "narrow tile, persistent": Trial(Shape(40, 16, 128, 64, heads_kv=4, seqlen_k=210), config=STAYS),
     "columns": Trial(Shape(2, 4, 200, 88, heads_kv=2, seqlen_k=300)),
+    "shared": Trial(Shape(2, 4, 400, 128, heads_kv=2, seqlen_k=512), config=THREE),
+    "shared, many": Trial(Shape(10, 16, 400, 128, heads_kv=4, seqlen_k=256), config=THREE),
+    "shared, negative": Trial(Shape(1, 2, 200, 128, seqlen_k=300), options={"scale": -0.1}, config=TWO),
+    "shared, causal": Trial(Shape(2, 4, 500, 128, heads_kv=2, seqlen_k=700), options={"is_causal": True}, config=TWO),
     "strides": Trial(layouts=("contiguous", "bshd", "contiguous"), out="bshd"),
 }
 
@@ -100,7 +108,7 @@ class Prepared:
             self.problem = problem_of(q, k, v, self.guarded.out, options, **self.extra)
         names = {"attn_mask": "mask", "seqused_k": "seqused_k"}
         self.tensors |= {names[name]: tensor for name, tensor in self.extra.items()}
-        self.config = Config("hopper", 64, 64, 4, 1, trial.schedule, 168)
+        self.config = trial.config
 
     def verdict(self) -> str:
         given = {**self.trial.options, **self.extra}
@@ -123,6 +131,8 @@ def bound(mutant: HopperMutant | None, trial: Prepared, target: targets.Target) 
     module = plant(mutant)
     if mutant.file == KERNEL:
         return replace(hopper.bind(*arguments), fn=module.attention_forward)
+    if mutant.file == SPECIALIZED:
+        return replace(hopper.bind(*arguments), fn=module.attention_forward_specialized)
     return module.bind(*arguments)
 
 

@@ -367,7 +367,7 @@ class Word(int):
         return Word(int(self) >> bits)
 
 
-DEVICE_DIVIDE = attention._divide.fn  # the kernel's own lines, run by Python
+DEVICE_DIVIDE = attention.divide.fn  # the kernel's own lines, run by Python
 
 
 def divide(x: int, reciprocal: int) -> int:
@@ -444,7 +444,7 @@ def test_a_step_is_what_counting_allows_for() -> None:
 @pytest.fixture
 def item(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The kernel's own lines that turn an index into (row tile, head, batch), run by Python."""
-    monkeypatch.setattr(attention, "_divide", divide)
+    monkeypatch.setattr(attention, "divide", divide)
     yield attention._item.fn
 
 

@@ -30,7 +30,7 @@ LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def _divide(x, reciprocal):
+def divide(x, reciprocal):
     """x // d for reciprocal = ceil(2**32 / d): one wide multiplication instead of some forty instructions."""
     return ((x.to(gl.uint64) * reciprocal.to(gl.uint64)) >> 32).to(gl.int32)
 
@@ -39,13 +39,13 @@ def _divide(x, reciprocal):
 def _item(index, row_tiles, per_row_tiles, heads, per_heads, pairs, per_pairs, CAUSAL: gl.constexpr):
     """(row tile, head, batch) of a work item. Causal: the rows that see the most keys first."""
     if CAUSAL:
-        turn = _divide(index, per_pairs)
+        turn = divide(index, per_pairs)
         pair = index - turn * pairs
         row_tile = row_tiles - 1 - turn
     else:
-        pair = _divide(index, per_row_tiles)
+        pair = divide(index, per_row_tiles)
         row_tile = index - pair * row_tiles
-    batch = _divide(pair, per_heads)
+    batch = divide(pair, per_heads)
     return row_tile, pair - batch * heads, batch
 
 
@@ -113,7 +113,7 @@ def _key_tiles(row, seqlen_k, shift, left, right, BLOCK_M: gl.constexpr, BLOCK_N
 
 
 @gluon.jit
-def _hide(s, row, key, seqlen_k, shift, left, right, CAUSAL: gl.constexpr):
+def hide(s, row, key, seqlen_k, shift, left, right, CAUSAL: gl.constexpr):
     """-inf for keys past the end and those that a row does not see: its diagonal ends in the bottom right corner."""
     layout: gl.constexpr = s.type.layout
     columns = gl.arange(0, s.shape[1], gl.SliceLayout(0, layout))[None, :]
@@ -159,17 +159,17 @@ def _row_sums(p, layout: gl.constexpr):
 
 
 @gluon.jit
-def _times(x, row):
+def times(x, row):
     """Each row of x times that row's factor."""
     layout: gl.constexpr = x.type.layout
     return x * gl.convert_layout(row, gl.SliceLayout(1, layout), assert_trivial=True)[:, None]
 
 
 @gluon.jit
-def _mean(acc, inverse, total, EMPTY_ROWS: gl.constexpr):
+def mean(acc, inverse, total, EMPTY_ROWS: gl.constexpr):
     """acc / total, and 0 in rows that saw no key."""
     layout: gl.constexpr = acc.type.layout
-    out = _times(acc, inverse)
+    out = times(acc, inverse)
     if EMPTY_ROWS:  # not by a factor of 0: what a tile holds in v beside what its rows may read can be NaN
         empty = gl.convert_layout(total == 0.0, gl.SliceLayout(1, layout), assert_trivial=True)
         out = gl.where(empty[:, None], 0.0, out)
@@ -177,7 +177,7 @@ def _mean(acc, inverse, total, EMPTY_ROWS: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(s, m, l, qk_scale, FIRST: gl.constexpr, EMPTY_ROWS: gl.constexpr, BIAS: gl.constexpr):
+def softmax(s, m, l, qk_scale, FIRST: gl.constexpr, EMPTY_ROWS: gl.constexpr, BIAS: gl.constexpr):
     """Scores of one tile -> weights in fp32, the running maximum m and sum l with it, and what the output so far is to
     be multiplied by (nothing to multiply when FIRST).
 
@@ -196,7 +196,7 @@ def _softmax(s, m, l, qk_scale, FIRST: gl.constexpr, EMPTY_ROWS: gl.constexpr, B
     p = gl.exp2((s - base[:, None]) * LOG2E if BIAS else s * qk_scale - base[:, None])
     sums = _row_sums(p, sums_layout)
     alpha = gl.exp2((m - base) * LOG2E if BIAS else m - base)
-    l = sums if FIRST else _times(l, alpha) + sums
+    l = sums if FIRST else times(l, alpha) + sums
     return p, gl.convert_layout(new_m, rows_layout, assert_trivial=True), l, alpha
 
 
@@ -387,16 +387,16 @@ def attention_forward(
                 if mask_desc is not None:
                     s = _apply_mask(s, mask, qk_scale if cap is None else 1.0)
                 if (SINGLE and MASKED) or part:
-                    s = _hide(s, row, tile * BLOCK_N, seqlen_k, shift, left, right, CAUSAL)
+                    s = hide(s, row, tile * BLOCK_N, seqlen_k, shift, left, right, CAUSAL)
                 elif MASKED and not TAIL:
                     if ((tile + 1) * BLOCK_N > visible) | (tile * BLOCK_N < hidden):
-                        s = _hide(s, row, tile * BLOCK_N, seqlen_k, shift, left, right, CAUSAL)
+                        s = hide(s, row, tile * BLOCK_N, seqlen_k, shift, left, right, CAUSAL)
                 unit = qk_scale if cap is None else LOG2E
-                p, m, l, alpha = _softmax(s, m, l, unit, SINGLE, EMPTY_ROWS, BIAS)
+                p, m, l, alpha = softmax(s, m, l, unit, SINGLE, EMPTY_ROWS, BIAS)
                 if not SINGLE:
-                    acc = _times(acc, alpha)
+                    acc = times(acc, alpha)
                     if MORE_DV:
-                        more_acc = _times(more_acc, alpha)
+                        more_acc = times(more_acc, alpha)
                 p = gl.convert_layout(p.to(dtype), P, assert_trivial=True)
                 mbarrier.wait(v_full, loads & 1)
                 values = v_tile.slice(0, p.shape[1], 0)
@@ -422,9 +422,9 @@ def attention_forward(
         inverse = 1.0 / total
         if PERSISTENT:
             tma.store_wait(0)  # the item before this one has left the buffer
-        o_tile.slice(0, DV, 1).store(_mean(acc, inverse, total, EMPTY_ROWS).to(dtype))
+        o_tile.slice(0, DV, 1).store(mean(acc, inverse, total, EMPTY_ROWS).to(dtype))
         if MORE_DV:
-            o_tile.slice(DV, MORE_DV, 1).store(_mean(more_acc, inverse, total, EMPTY_ROWS).to(dtype))
+            o_tile.slice(DV, MORE_DV, 1).store(mean(more_acc, inverse, total, EMPTY_ROWS).to(dtype))
         fence_async_shared()
         if cu_seqlens_q is not None:
             tma_store(o_desc, [batch, head, first_q + seqlen_q, longest_q - seqlen_q + row, 0], o_box)

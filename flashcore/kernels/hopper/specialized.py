@@ -1,0 +1,363 @@
+"""Attention forward on sm_90 for long sequences at large head dimensions: warpgroups that share K and V, and a producer.
+
+At D=128 the tile of one warpgroup takes the tensor cores 1,024 cycles and its softmax about as long, so that few
+warpgroups fill an SM; what small blocks lose there is what each of them reads for itself. Here one warp loads Q, K and
+V through TMA, and every other warpgroup computes 64 rows against the same tiles of K and V:
+
+* three, each QK, softmax, PV strictly in turn: of three some other one always has products under way;
+* two where scores are hidden or the lse is wanted, which three have no registers for: each issues the next tile's QK
+  and this tile's PV together, under whose products its softmax runs (FlashAttention-3, Shah et al. 2024).
+
+One block fills an SM, stays for all its items and loads the next one's tiles while it finishes one.
+docs/design/hopper-log.md has the measurements. No branch and no address depends on a value of q, k or v.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .attention import LN2, divide, hide, mean, softmax, times
+from .compat import aggregate, tma_load, tma_store
+
+
+@aggregate
+class Ring:
+    """Tiles that the producer fills and `readers` warpgroups free, one after the other; `turn` counts them.
+
+    A buffer's barriers complete once each time it is filled or freed, so that a turn tells buffer and phase.
+    """
+
+    box: gl.shared_memory_descriptor  # [STAGES, 1, 1, rows, columns]
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    STAGES: gl.constexpr
+    BYTES: gl.constexpr
+
+    def __init__(self, box, full, empty, STAGES, BYTES):
+        self.box = box
+        self.full = full
+        self.empty = empty
+        self.STAGES = gl.constexpr(STAGES)
+        self.BYTES = gl.constexpr(BYTES)
+
+    @gluon.jit
+    def prepare(self, readers: gl.constexpr):
+        for i in gl.static_range(self.STAGES):
+            mbarrier.init(self.full.index(i), count=1)
+            mbarrier.init(self.empty.index(i), count=readers)
+
+    @gluon.jit
+    def fill(self, turn, desc, batch, head, row):
+        slot = turn % self.STAGES
+        mbarrier.wait(self.empty.index(slot), ((turn // self.STAGES) & 1) ^ 1)  # passes at once where it was never full
+        mbarrier.expect(self.full.index(slot), self.BYTES)
+        tma_load(desc, [batch, head, row, 0], self.full.index(slot), self.box.index(slot))
+
+    @gluon.jit
+    def wait(self, turn, pred=True):
+        mbarrier.wait(self.full.index(turn % self.STAGES), (turn // self.STAGES) & 1, pred=pred)
+
+    @gluon.jit
+    def free(self, turn):
+        mbarrier.arrive(self.empty.index(turn % self.STAGES), count=1)
+
+    @gluon.jit
+    def tile(self, turn):
+        rows: gl.constexpr = self.box.shape[3]
+        columns: gl.constexpr = self.box.shape[4]
+        return self.box.index(turn % self.STAGES).reshape([rows, columns])
+
+
+@aggregate
+class Work:
+    """Which items are a block's, and what an item is."""
+
+    first: gl.tensor
+    step: gl.tensor
+    items: gl.tensor
+    row_tiles: gl.tensor
+    per_row_tiles: gl.tensor
+    heads: gl.tensor
+    per_heads: gl.tensor
+    seqlen_q: gl.tensor
+    seqlen_k: gl.tensor
+    GROUP: gl.constexpr
+    CAUSAL: gl.constexpr
+    BLOCK_N: gl.constexpr
+
+    def __init__(
+        self, first, step, items, row_tiles, per_row_tiles, heads, per_heads, seqlen_q, seqlen_k, GROUP, CAUSAL,
+        BLOCK_N,
+    ):  # fmt: skip
+        self.first = first
+        self.step = step
+        self.items = items
+        self.row_tiles = row_tiles
+        self.per_row_tiles = per_row_tiles
+        self.heads = heads
+        self.per_heads = per_heads
+        self.seqlen_q = seqlen_q
+        self.seqlen_k = seqlen_k
+        self.GROUP = gl.constexpr(GROUP)
+        self.CAUSAL = gl.constexpr(CAUSAL)
+        self.BLOCK_N = gl.constexpr(BLOCK_N)
+
+    @gluon.jit
+    def index(self, turn):
+        """The block's item number `turn`: to and fro, so that of items that get shorter no block has only long ones."""
+        return turn * self.step + gl.where((turn & 1) == 1, self.step - 1 - self.first, self.first)
+
+    @gluon.jit
+    def item(self, index):
+        """(row tile, head, batch). Rows of one head next to each other; causal, heads, and the longest rows first.
+
+        Batches are outermost: K and V of those at work at the same time have to fit into the L2.
+        """
+        if self.CAUSAL:
+            level = divide(index, self.per_heads)
+            head = index - level * self.heads
+            batch = divide(level, self.per_row_tiles)
+            row_tile = self.row_tiles - 1 - (level - batch * self.row_tiles)
+        else:
+            pair = divide(index, self.per_row_tiles)
+            row_tile = index - pair * self.row_tiles
+            batch = divide(pair, self.per_heads)
+            head = pair - batch * self.heads
+        return row_tile, head, batch
+
+    @gluon.jit
+    def tiles(self, end):
+        """Tiles of keys that the rows before `end` see; at least one."""
+        seen = self.seqlen_k
+        if self.CAUSAL:
+            seen = gl.minimum(seen, end + self.seqlen_k - self.seqlen_q)
+        return gl.maximum((seen + self.BLOCK_N - 1) // self.BLOCK_N, 1)
+
+
+@gluon.jit
+def _produce(q_desc, k_desc, v_desc, queries, keys, values, work, ROWS: gl.constexpr, GROUPS: gl.constexpr):
+    loads = 0
+    turn = 0
+    index = work.index(turn)
+    while index < work.items:
+        row_tile, head, batch = work.item(index)
+        row = row_tile * ROWS * GROUPS
+        for i in gl.static_range(GROUPS):
+            queries.fill(turn * GROUPS + i, q_desc, batch, head, row + i * ROWS)
+        for tile in range(work.tiles(row + ROWS * GROUPS)):
+            keys.fill(loads, k_desc, batch, head // work.GROUP, tile * work.BLOCK_N)
+            values.fill(loads, v_desc, batch, head // work.GROUP, tile * work.BLOCK_N)
+            loads += 1
+        turn += 1
+        index = work.index(turn)
+
+
+@gluon.jit
+def _scores(q_tile, keys, turn, S: gl.constexpr):
+    """q k^T of a tile; a promise, to be waited for."""
+    rows: gl.constexpr = q_tile.shape[0]
+    columns: gl.constexpr = keys.box.shape[3]
+    nothing = gl.zeros([rows, columns], gl.float32, S)
+    return warpgroup_mma(q_tile, keys.tile(turn).permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _weights(
+    s, m, l, tile, row, qk_scale, work, P: gl.constexpr, dtype: gl.constexpr, FIRST: gl.constexpr,
+    EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
+):  # fmt: skip
+    """A tile's scores -> its weights as an operand, with the running maximum m and sum l, and acc's new factor."""
+    columns: gl.constexpr = s.shape[1]
+    if NEGATE:
+        s = -s
+    if work.CAUSAL or not EVEN_N:
+        shift = work.seqlen_k - work.seqlen_q
+        visible = work.seqlen_k  # keys that every row of this tile sees
+        if work.CAUSAL:
+            visible = gl.minimum(visible, row + shift + 1)
+        if (tile + 1) * columns > visible:
+            s = hide(s, row, tile * columns, work.seqlen_k, shift, None, None, work.CAUSAL)
+    p, m, l, alpha = softmax(s, m, l, qk_scale, FIRST, False, False)
+    return p.to(dtype), m, l, alpha
+
+
+@gluon.jit
+def _in_turn(
+    q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S: gl.constexpr, P: gl.constexpr,
+    dtype: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
+):  # fmt: skip
+    for tile in range(tiles):
+        keys.wait(loads)
+        s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads, S),))
+        keys.free(loads)
+        p, m, l, alpha = _weights(s, m, l, tile, row, qk_scale, work, P, dtype, False, EVEN_N, NEGATE)
+        acc = times(acc, alpha)
+        p = gl.convert_layout(p, P, assert_trivial=True)
+        values.wait(loads)
+        acc, p = warpgroup_mma_wait(0, deps=(warpgroup_mma(p, values.tile(loads), acc, is_async=True), p))
+        values.free(loads)
+        loads += 1
+    return acc, m, l
+
+
+@gluon.jit
+def _overlapped(
+    q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S: gl.constexpr, P: gl.constexpr,
+    dtype: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
+):  # fmt: skip
+    keys.wait(loads)
+    s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads, S),))
+    keys.free(loads)
+    p, m, l, alpha = _weights(s, m, l, 0, row, qk_scale, work, P, dtype, True, EVEN_N, NEGATE)
+    p = gl.convert_layout(p, P, assert_trivial=True)
+    keys.wait(loads + 1, tiles > 1)
+    for tile in range(1, tiles):
+        scores = _scores(q_tile, keys, loads + 1, S)
+        values.wait(loads)
+        sums = warpgroup_mma(p, values.tile(loads), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=(scores,))
+        keys.free(loads + 1)
+        next_p, m, l, alpha = _weights(s, m, l, tile, row, qk_scale, work, P, dtype, False, EVEN_N, NEGATE)
+        # Here, not where the next tile is used: without a branch in front of it ptxas moves the wait for the products
+        # up, ahead of the softmax that runs under them.
+        keys.wait(loads + 2, tile + 1 < tiles)
+        acc, p, next_p = warpgroup_mma_wait(0, deps=(sums, p, next_p))
+        values.free(loads)
+        acc = times(acc, alpha)
+        p = gl.convert_layout(next_p, P, assert_trivial=True)
+        loads += 1
+    values.wait(loads)
+    acc, p = warpgroup_mma_wait(0, deps=(warpgroup_mma(p, values.tile(loads), acc, is_async=True), p))
+    values.free(loads)
+    return acc, m, l
+
+
+@gluon.jit
+def _consume(
+    o_desc, lse, o_box, queries, keys, values, work, qk_scale, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
+    GROUPS: gl.constexpr, WHICH: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup: rows WHICH * 64 on of each of the block's items."""
+    dtype: gl.constexpr = o_desc.dtype
+    ROWS: gl.constexpr = o_box.shape[3]
+    DV: gl.constexpr = o_box.shape[4]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, work.BLOCK_N, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    o_tile = o_box.index(WHICH)
+    loads = 0
+    turn = 0
+    index = work.index(turn)
+    while index < work.items:
+        row_tile, head, batch = work.item(index)
+        row = (row_tile * GROUPS + WHICH) * ROWS
+        tiles = work.tiles(row + ROWS)
+        acc = gl.zeros([ROWS, DV], gl.float32, O)
+        m = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, S))
+        l = gl.zeros([ROWS, 8], gl.float32, L)  # noqa: E741
+        mine = turn * GROUPS + WHICH
+        queries.wait(mine)
+        q_tile = queries.tile(mine)
+        if GROUPS == 2:
+            acc, m, l = _overlapped(
+                q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S, P, dtype, EVEN_N, NEGATE
+            )
+        else:
+            acc, m, l = _in_turn(
+                q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S, P, dtype, EVEN_N, NEGATE
+            )
+        queries.free(mine)
+        loads += tiles
+        for _ in range(tiles, work.tiles((row_tile + 1) * GROUPS * ROWS)):  # those that only rows further down see
+            keys.wait(loads)
+            keys.free(loads)
+            values.wait(loads)
+            values.free(loads)
+            loads += 1
+        total = gl.sum(l, 1)
+        tma.store_wait(0)  # the item before this one has left the buffer
+        o_tile.reshape([ROWS, DV]).store(mean(acc, 1.0 / total, total, False).to(dtype))
+        fence_async_shared()
+        tma_store(o_desc, [batch, head, row, 0], o_tile)
+        if lse is not None:
+            rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, S))
+            total = gl.convert_layout(total, gl.SliceLayout(1, S), assert_trivial=True)
+            base = (batch.to(gl.int64) * work.heads + head) * work.seqlen_q
+            gl.store(lse + base + rows, m * LN2 + gl.log(total), mask=rows < work.seqlen_q)
+        turn += 1
+        index = work.index(turn)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def attention_forward_specialized(
+    q_desc, k_desc, v_desc, o_desc, lse, qk_scale, longest_q, longest_k, row_tiles, per_row_tiles, heads, per_heads,
+    items,
+    GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr, GROUPS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """softmax(q k^T) v as attention_forward has it, for problems without options of which every row sees some key.
+
+    GROUPS: warpgroups that compute. STAGES: buffers each for K and V. REGISTERS: of a thread that computes; what the
+    producer leaves goes to the first warpgroup. The boxes of q_desc and o_desc are one warpgroup's rows; row_tiles and
+    items count a block's.
+    """
+    dtype: gl.constexpr = q_desc.dtype
+    ROWS: gl.constexpr = q_desc.block_shape[2]
+    BLOCK_N: gl.constexpr = k_desc.block_shape[2]
+    D: gl.constexpr = q_desc.block_shape[3]
+    DV: gl.constexpr = v_desc.block_shape[3]
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    queries = Ring(
+        gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, D], q_desc.layout),
+        gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BARRIER),
+        gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BARRIER), GROUPS, ROWS * D * 2,
+    )  # fmt: skip
+    keys = Ring(
+        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER), STAGES, BLOCK_N * D * 2,
+    )  # fmt: skip
+    values = Ring(
+        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, DV], v_desc.layout),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER), STAGES, BLOCK_N * DV * 2,
+    )  # fmt: skip
+    o_box = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, DV], o_desc.layout)
+    queries.prepare(1)
+    keys.prepare(GROUPS)
+    values.prepare(GROUPS)
+    fence_async_shared()
+    work = Work(
+        gl.program_id(0), gl.num_programs(0), items, row_tiles, per_row_tiles, heads, per_heads, longest_q, longest_k,
+        GROUP, CAUSAL, BLOCK_N,
+    )  # fmt: skip
+    gdc_wait()  # the set-up above overlaps with whatever ran before in the stream; it has now written its results
+    gdc_launch_dependents()  # a next kernel's blocks find no room before ours end
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (o_desc, lse, o_box, queries, keys, values, work, qk_scale, EVEN_N, NEGATE, GROUPS, 0)),
+                (_consume, (o_desc, lse, o_box, queries, keys, values, work, qk_scale, EVEN_N, NEGATE, GROUPS, 1)),
+                (_produce, (q_desc, k_desc, v_desc, queries, keys, values, work, ROWS, GROUPS)),
+            ],
+            [4, 1], [REGISTERS, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (o_desc, lse, o_box, queries, keys, values, work, qk_scale, EVEN_N, NEGATE, GROUPS, 0)),
+                (_consume, (o_desc, lse, o_box, queries, keys, values, work, qk_scale, EVEN_N, NEGATE, GROUPS, 1)),
+                (_consume, (o_desc, lse, o_box, queries, keys, values, work, qk_scale, EVEN_N, NEGATE, GROUPS, 2)),
+                (_produce, (q_desc, k_desc, v_desc, queries, keys, values, work, ROWS, GROUPS)),
+            ],
+            [4, 4, 1], [REGISTERS, REGISTERS, 24],
+        )  # fmt: skip
