@@ -31,7 +31,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = "alone"  # the shard of the tests that measure
 MEASURING = (
-    "tests/benchmark/", "tests/integrations/distributed/test_gpus.py", "tests/measure/", "tests/security/test_timing.py",
+    "tests/benchmark/", "tests/integrations/distributed/test_gpus.py", "tests/measure/",
+    "tests/security/test_timing.py",
 )  # fmt: skip
 # Seconds of a test, roughly, where they are far from the usual one: what shares are dealt by. The record's `slowest`
 # says where these are wrong.

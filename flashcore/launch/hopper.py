@@ -31,7 +31,7 @@ _OPTIONAL = (  # parameters that are None where the problem does not use them
     "lse", "mask_desc", "seqused_k", "cu_seqlens_q", "cu_seqlens_k", "total_q", "total_k", "sequences", "cap", "left",
     "right",
 )  # fmt: skip
-_BARRIERS = 64  # bytes, rounded up
+_BARRIERS, _BARRIERS_OF_WARPGROUPS = 64, 512  # bytes, rounded up
 _TYPES = {
     torch.float16: ("fp16", gl.float16), torch.bfloat16: ("bf16", gl.bfloat16), torch.float32: ("fp32", gl.float32),
     torch.bool: ("i8", gl.int8),
@@ -134,7 +134,7 @@ def _specialized(p: Problem, config: Config, scale: float, target: Target) -> Bi
         "GROUP": p.group, "CAUSAL": p.is_causal, "EVEN_N": p.seqlen_k % config.block_n == 0, "NEGATE": scale < 0,
         "GROUPS": config.num_warps // 4, "STAGES": config.num_stages, "REGISTERS": config.maxnreg,
     }  # fmt: skip
-    grid = (min(items, target.sms), 1, 1)
+    grid = (min(items, target.sms * blocks_per_sm(p, config, target)), 1, 1)
     # The first warpgroup's warps are the kernel's own, the others come with its partitions, and so do their registers.
     options = {"num_warps": 4, "enable_fp_fusion": True, "launch_pdl": True}
     return Binding(attention_forward_specialized, True, grid, args, constexprs, options)
@@ -193,16 +193,17 @@ def columns(dim: int) -> tuple[int, int]:
 def smem(problem: Problem, config: Config) -> int:
     """Bytes of shared memory of one block."""
     d, dv = block_of(problem.head_dim), block_of(problem.head_dim_v)
-    rows = config.block_m * (d if config.schedule != "persistent" and d == dv else d + dv)
+    rows = config.block_m * (d if config.schedule == "" and d == dv else d + dv)  # the output leaves from q's buffer
+    keys = config.num_stages * config.block_n * (d + dv)
     mask = 0
     if problem.mask is not None:
         mask = config.block_n * (config.block_m if problem.mask.strides[2] else 1) * problem.mask.dtype.itemsize
-    return 2 * (rows + config.block_n * (d + dv)) + mask + _BARRIERS
+    return 2 * (rows + keys) + mask + (_BARRIERS_OF_WARPGROUPS if config.schedule == SPECIALIZED else _BARRIERS)
 
 
 def blocks_per_sm(problem: Problem, config: Config, target: Target) -> int:
     """Blocks that are on an SM at once, by registers and by shared memory."""
-    assert config.maxnreg is not None, "the Hopper kernel's configurations state their registers"
+    assert config.maxnreg is not None, "the Hopper kernels' configurations state their registers"
     by_registers = _REGISTERS // (config.maxnreg * config.num_warps * 32)
     return min(by_registers, target.smem_per_sm // (smem(problem, config) + _RESERVED))
 

@@ -21,6 +21,7 @@ from flashcore.launch import capability, compiled, hopper
 from flashcore.launch.compile_check import resources
 from flashcore.launch.select import candidates
 
+NEWEST = capability._triton().startswith("3.9.")
 pytestmark = pytest.mark.skipif(
     not capability._triton().startswith(capability.TRITON_RELEASES), reason="not offered under this release of Triton"
 )
@@ -263,3 +264,98 @@ def test_all_warps_are_done_with_a_buffer_that_is_filled_again(asked: Problem, c
     assert any(fence < i < leaves for i in barriers), "TMA sees what every warp wrote"
     first = min(i for i in places(text, r"STSM?(\.\S+)?") if i > waits[0])
     assert any(waits[0] < i < first for i in barriers), "the output's buffer may be q's"
+
+
+# -- warpgroups that share K and V ------------------------------------------------------------------------------
+
+THREE = Config("hopper", 192, 128, 12, 2, "specialized", 160)
+TWO = Config("hopper", 128, 128, 8, 2, "specialized", 240)
+SPECIALIZED = pytest.mark.parametrize(
+    ("asked", "config"),
+    [
+        pytest.param(problem(2048, 128), THREE, id="three"),
+        pytest.param(problem(2048, 128), TWO, id="two"),
+        pytest.param(problem(2000, 128, is_causal=True, return_lse=True), TWO, id="two-causal-uneven-lse"),
+        pytest.param(problem(2048, 128, dtype=torch.bfloat16, heads_kv=2, is_causal=True), TWO, id="two-bf16-gqa"),
+        pytest.param(problem(2048, 104, head_dim_v=64), THREE, id="three-104-64"),
+    ],
+)
+
+
+@SPECIALIZED
+def test_warpgroups_are_on_the_allow_list(asked: Problem, config: Config) -> None:
+    assert config in configs(asked)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        problem(2048, 96), problem(128, 128), problem(2048, 128, window=(5, 5)), problem(2048, 128, softcap=5.0),
+        problem(2048, 128, seqlen_k=1024, is_causal=True),
+    ],
+    ids=["dim-96", "one-tile", "window", "softcap", "rows-without-keys"],
+)
+def test_warpgroups_are_not_for(asked: Problem) -> None:
+    assert not {config.schedule for config in configs(asked)} & {"specialized"}
+
+
+def test_three_warpgroups_are_for_what_their_registers_hold() -> None:
+    for asked in (problem(2000, 128), problem(2048, 128, is_causal=True), problem(2048, 128, return_lse=True)):
+        assert [c for c in configs(asked) if c.schedule == "specialized"] == [TWO]
+
+
+@SPECIALIZED
+def test_warpgroups_fit(asked: Problem, config: Config) -> None:
+    compiled_ = code(asked, config)
+    _, stack = resources(compiled_.cubin)
+    assert stack == (24 if config is THREE and asked.head_dim == 128 and NEWEST else 0)
+    assert compiled_.threads == 32 * (config.num_warps + 4), "the producer's warp comes with three more"
+    assert compiled_.shared <= hopper.smem(asked, config) <= H100.smem_per_block
+    assert config.maxnreg is not None
+    assert (config.maxnreg * config.num_warps + 24 * 4) * 32 <= 65_536
+
+
+@SPECIALIZED
+def test_products_of_warpgroups(asked: Problem, config: Config) -> None:
+    d, dv = hopper.block_of(asked.head_dim), hopper.block_of(asked.head_dim_v)
+    times = config.num_warps // 4 * (2 if config is TWO else 1)  # the first tile's QK and the last one's PV apart
+    expected = Counter({"64x128x16": times * d // 16})
+    expected[f"64x{dv}x16 R"] += times * config.block_n // 16
+    found = Counter[str]()
+    for name, number in shapes(asked, config).items():
+        found[name.removesuffix(" BF16")] += number
+    if asked.dtype == torch.float16:
+        assert found == expected
+    assert not re.findall(r"C75\d\d", ptxas(code(asked, config).ptx))
+
+
+@SPECIALIZED
+def test_one_warp_loads_for_all(asked: Problem, config: Config) -> None:
+    text = sass(asked, config)
+    groups = config.num_warps // 4
+    boxes = 2 if hopper.block_of(asked.head_dim) > 64 else 1  # TMA's swizzled rows are 128 bytes
+    boxes_v = 2 if hopper.block_of(asked.head_dim_v) > 64 else 1
+    loads, stores = places(text, r"UTMALDG[.\w]*"), places(text, r"UTMASTG[.\w]*")
+    assert len(loads) == (groups + 1) * boxes + boxes_v and len(stores) == groups
+    assert not places(text, r"(LDG|LD|LDGSTS|LDL|STL|ST|ATOM|ATOMG|RED|REDG|UBLKCP|UBLKRED)(\.\S+)?")
+    assert len(places(text, r"LDS[.\w]*")) == 1, "what a warp is to do"
+    assert len(places(text, r"STG(\.\S+)?")) == (2 * groups if asked.return_lse else 0)
+
+
+@SPECIALIZED
+def test_softmax_runs_under_products_or_in_turn(asked: Problem, config: Config) -> None:
+    text = sass(asked, config)
+    kinds = {"H": r"HGMMA[.\w]*", "W": r"WARPGROUP\.DEPBAR[.\w]*", "E": r"MUFU\.EX2"}
+    order = sorted((i, kind) for kind, pattern in kinds.items() for i in places(text, pattern))
+    line = re.sub(r"(.)\1+", r"\1", "".join(kind for _, kind in order))
+    groups = config.num_warps // 4
+    if config is THREE:
+        assert line == "HWEHW" * groups, "QK, its wait, softmax, PV, its wait"
+    else:
+        assert line == "HWEHWEWHW" * groups, "in the loop both products, QK's wait, softmax, PV's wait"
+
+
+def test_warp_specialised_code_has_a_key_to_be_kept_under() -> None:
+    from flashcore.kernels.hopper.specialized import attention_forward_specialized
+
+    assert re.fullmatch(r"[0-9a-f]{64}", attention_forward_specialized.cache_key)

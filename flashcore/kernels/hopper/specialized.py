@@ -40,6 +40,7 @@ class Ring:
     STAGES: gl.constexpr
     BYTES: gl.constexpr
 
+    @gluon.constexpr_function
     def __init__(self, box, full, empty, STAGES, BYTES):
         self.box = box
         self.full = full
@@ -92,6 +93,7 @@ class Work:
     CAUSAL: gl.constexpr
     BLOCK_N: gl.constexpr
 
+    @gluon.constexpr_function
     def __init__(
         self, first, step, items, row_tiles, per_row_tiles, heads, per_heads, seqlen_q, seqlen_k, GROUP, CAUSAL,
         BLOCK_N,
