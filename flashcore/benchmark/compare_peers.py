@@ -161,19 +161,20 @@ def _compile_in_processes(command: Sequence[str], jobs: int, limit_s: float) -> 
 
 
 def compile_ahead(shapes: Sequence[Shape], names: Sequence[str]) -> None:
-    """Call every contestant that compiles for a shape once, without a look at what it says."""
+    """Call every contestant that compiles for a shape once, without a look at what it says.
+
+    In COMPILED's order, all shapes of one before the next: who is slow, or loses the GPU, keeps none before it waiting.
+    """
     from flashcore.benchmark import peers
 
-    for shape in shapes:
-        inputs = shape.inputs()
-        for name in ("flashcore", *names):
-            if name in COMPILED:
-                with contextlib.suppress(Exception):
-                    peers.ALL[name].require(shape)
-                    prepared = peers.ALL[name].prepare(shape, *inputs)
-                    with prepared.context():
-                        prepared.call()
-                    torch.cuda.synchronize()
+    for name in COMPILED:
+        for shape in shapes if name in ("flashcore", *names) else ():
+            with contextlib.suppress(Exception):
+                peers.ALL[name].require(shape)
+                prepared = peers.ALL[name].prepare(shape, *shape.inputs())
+                with prepared.context():
+                    prepared.call()
+                torch.cuda.synchronize()
 
 
 def measure(shapes: Sequence[Shape], options: argparse.Namespace, path: Path) -> None:

@@ -208,6 +208,8 @@ SUITES: dict[str, list[Shape]] = {
     # to both sides, as encoders have it, and backwards, as language models
     "window": [Shape(8, 8, s, 64, window=w) for w in ((128, 128), (128, 0)) for s in (128, 512, 2048)],
     "bias": [Shape(32, 8, s, d, bias=n) for d in (32, 64) for n in (1, 32) for s in (128, 256, 512)],
+    # Gemma's, causal
+    "softcap": [Shape(8, 8, s, 64, True, softcap=50.0) for s in (128, 512, 2048)],
     # each beside the same batch without lengths: what a call costs that pays for the padding
     "padded": [*(replace(full, lengths="padded") for full in _UNEVEN), *_UNEVEN],
     "varlen": [replace(full, lengths="packed") for full in _UNEVEN],

@@ -118,7 +118,7 @@ def test_a_worker_on_every_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setattr(clocks, "call_times", lambda c, **_: {n: [30.0, 31.0] for n in c})
     monkeypatch.setattr(clocks, "host_times", lambda c, **_: {n: [20.0, 21.0] for n in c})
     monkeypatch.setattr(second_opinion, "cross_check", lambda contestant: {"tool": "t", "us": 3.0})
-    asked = options("--shape", "2,2,24,16", "--peers", "sdpa", "sdpa-efficient", "varlen", "--clock", "all", "--cold",
+    asked = options("--shape", "2,2,24,16", "--peers", "sdpa", "triton-plain", "--clock", "all", "--cold",
                     "--cross-check", "sdpa", "--lengths", "padded", "--trials", "5")  # fmt: skip
     path = tmp_path / "journal"
     compare_peers.measure(compare_peers._shapes(asked), asked, path)
@@ -131,7 +131,7 @@ def test_a_worker_on_every_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         assert found["status"] == "ok" and found["gpu_warm"]["us"] == pytest.approx(3.05)
         assert {"gpu_cold", "call", "host"} <= set(found) and found["host"]["p50"] == 20.5
         assert found["call"]["over_flashcore"]["value"] == 1.0
-    assert case["contestants"]["varlen"]["status"] == "refused"
+    assert case["contestants"]["triton-plain"]["status"] == "refused"
     protocol = {"name": " + ".join(peers_text.CLOCKS.values()), "contestants": ["flashcore", *asked.peers]}
     rows = list(peers_text.rows(case, protocol, records.peers()["ceilings"]))
     assert [row[29:38].strip() for row in rows] == ["gpu warm", "gpu cold", "call", "host"]
@@ -287,8 +287,9 @@ def test_compiling_ahead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     for name in ("flashcore", "flex", "triton-plain", "sdpa-cudnn"):
         monkeypatch.setitem(ALL, name, peer(name, fails=name == "flashcore"))
-    compare_peers.compile_ahead([Shape(1, 2, 8, 8, heads_kv=1)], ["sdpa-cudnn", "triton-plain", "flex"])
-    assert called == ["flashcore", "flex"]
+    shapes = [Shape(1, 2, 8, 8, heads_kv=1), Shape(1, 2, 16, 8)]
+    compare_peers.compile_ahead(shapes, ["flex", "sdpa-cudnn", "triton-plain"])
+    assert called == ["flashcore", "flashcore", "triton-plain", "flex", "flex"]
     assert options("--compile", "3/8").compile == (3, 8)
 
 
