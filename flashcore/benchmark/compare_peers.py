@@ -187,12 +187,6 @@ def measure(shapes: Sequence[Shape], options: argparse.Namespace, path: Path) ->
 
         write.at("ceilings", "torch")
         write(ceilings=None if before.blamed("ceilings", "torch") else ceilings(environment["l2_bytes"]))
-    if options.cross_check and "cross_check" not in before.facts:
-        from flashcore.benchmark import contest, peers
-
-        write.at("cross-check", options.cross_check)
-        blamed = before.blamed("cross-check", options.cross_check)
-        write(cross_check=None if blamed else contest.cross_check(peers.ALL[options.cross_check], shapes[0]))
     if "call" in _clocks(options) and "event_floor_us" not in before.facts:
         from flashcore.measure import clocks, statistics
 
@@ -200,7 +194,20 @@ def measure(shapes: Sequence[Shape], options: argparse.Namespace, path: Path) ->
         write(event_floor_us=results.latency(floor, None, None))
     for shape in shapes:
         if shape.label not in before.cases:
-            write(case=shape.label, **_case(shape, options, environment["l2_bytes"], before, write))
+            started = time.monotonic()
+            found = _case(shape, options, environment["l2_bytes"], before, write)
+            write(case=shape.label, seconds=time.monotonic() - started, **found)
+    if options.cross_check and "cross_check" not in before.facts:  # last: what goes wrong there costs no case
+        write(cross_check=_cross_check(options.cross_check, shapes[0], before, write))
+
+
+def _cross_check(name: str, shape: Shape, before: Journal, write: Writer) -> dict[str, Any]:
+    from flashcore.benchmark import contest, peers
+
+    case = "cross-check"
+    why = before.blamed(case, name) or before.blamed(case, contest.OTHER_CLOCK)
+    found = {"reason": why} if why else contest.cross_check(peers.ALL[name], shape, lambda who: write.at(case, who))
+    return {"contestant": name, "case": shape.label, **found}
 
 
 def _case(

@@ -82,7 +82,7 @@ def of_suite(record: Record, suite: str) -> Record | None:
     names = record["suite"].split()
     if suite not in names:
         return None
-    if "suites" not in record:  # one suite a file, as the first records were
+    if not record.get("suites"):  # one suite a file, as the first records were, or shapes of the user's own
         return record if names == [suite] else None
     order = {shape.label: place for place, shape in enumerate(SUITES.get(suite, ()))}
     cases = [case for case in record["cases"] if suite in case["suites"]]
@@ -192,9 +192,12 @@ def beside_the_table(record: Record) -> Iterator[str]:
     if floor := record.get("event_floor_us"):
         yield f"event floor: CUDA events around nothing read {floor['p50']:.2f} µs (P50): no call can read less"
     if checked := record.get("cross_check"):
+        what = f"cross-check: {checked['contestant']} on {checked['case']}"
         yield (
-            f"cross-check: {checked['contestant']} on {checked['case']} takes {checked['ours_us']:.2f} µs by our clock "
-            f"and {checked['us']:.2f} by {checked['tool']} {checked['version']} ({100 * (checked['ratio'] - 1):+.1f}%)"
+            f"{what}: none: {checked['reason']}"
+            if "reason" in checked
+            else f"{what} takes {checked['ours_us']:.2f} µs by our clock and {checked['us']:.2f} by {checked['tool']} "
+            f"{checked['version']} ({100 * (checked['ratio'] - 1):+.1f}%)"
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from flashcore.benchmark import compare_peers, peers_text, results, sweep
+from flashcore.benchmark import compare_peers, contest, peers_text, results, sweep
 from flashcore.benchmark.isolation import Journal, Writer
 from flashcore.benchmark.peers import ALL, Peer, Prepared
 from flashcore.benchmark.shapes import NINE, SUITES, Shape
@@ -107,14 +107,19 @@ def test_misuse_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.startswith("flashcore bench: --from-model: ") and "'/nowhere'" in said
 
 
-def test_a_worker_on_every_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The worker's own code on a CPU: the clocks are stand-ins, and what it writes makes a record."""
+@pytest.fixture
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker runs here: inputs on the CPU, and stand-ins for what measures a GPU."""
     inputs = Shape.inputs
     monkeypatch.setattr(Shape, "inputs", lambda self, device="cpu", seed=42: inputs(self, "cpu", seed))
     monkeypatch.setattr(machine, "environment", lambda: records.environment())
     monkeypatch.setattr(ceilings, "ceilings", lambda l2: records.peers()["ceilings"])
-    monkeypatch.setattr(clocks, "event_floor", lambda trials: [11.0] * trials)
     monkeypatch.setattr(clocks, "gpu_times", lambda c, **_: ({n: [3.0, 3.1] for n in c}, dict.fromkeys(c, 9)))
+
+
+def test_a_worker_on_every_clock(on_a_cpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The worker's own code on a CPU: the clocks are stand-ins, and what it writes makes a record."""
+    monkeypatch.setattr(clocks, "event_floor", lambda trials: [11.0] * trials)
     monkeypatch.setattr(clocks, "call_times", lambda c, **_: {n: [30.0, 31.0] for n in c})
     monkeypatch.setattr(clocks, "host_times", lambda c, **_: {n: [20.0, 21.0] for n in c})
     monkeypatch.setattr(second_opinion, "cross_check", lambda contestant: {"tool": "t", "us": 3.0})
@@ -131,7 +136,7 @@ def test_a_worker_on_every_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         assert found["status"] == "ok" and found["gpu_warm"]["us"] == pytest.approx(3.05)
         assert {"gpu_cold", "call", "host"} <= set(found) and found["host"]["p50"] == 20.5
         assert found["call"]["over_flashcore"]["value"] == 1.0
-    assert case["contestants"]["triton-plain"]["status"] == "refused"
+    assert case["contestants"]["triton-plain"]["status"] == "refused" and case["seconds"] > 0
     protocol = {"name": " + ".join(peers_text.CLOCKS.values()), "contestants": ["flashcore", *asked.peers]}
     rows = list(peers_text.rows(case, protocol, records.peers()["ceilings"]))
     assert [row[29:38].strip() for row in rows] == ["gpu warm", "gpu cold", "call", "host"]
@@ -142,6 +147,31 @@ def test_a_worker_on_every_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     compare_peers.measure(compare_peers._shapes(asked), asked, path)  # taken up again: the clock that hung is left out
     (case,) = Journal.read(path).cases.values()
     assert "call" not in case["contestants"]["sdpa"] and "host" in case["contestants"]["sdpa"]
+
+
+def test_a_cross_check_that_says_nothing_says_why(
+    on_a_cpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(second_opinion, "cross_check", lambda contestant: pytest.fail("nothing was admitted"))
+
+    def of(path: Path, name: str) -> str:
+        asked = options("--shape", "2,2,24,16", "--peers", "sdpa", "--lengths", "padded", "--cross-check", name)
+        compare_peers.measure(compare_peers._shapes(asked), asked, path)
+        journal = Journal.read(path)
+        assert len(journal.cases) == 1
+        record = records.peers() | {"cross_check": journal.facts["cross_check"]}
+        said = next(line for line in peers_text.rest(record) if line.startswith("cross-check: "))
+        what, _, reason = said.partition(": none: ")
+        assert what == f"cross-check: {name} on S24 B2 H2 D16 padded"
+        return reason
+
+    assert of(tmp_path / "refused", "triton-plain").startswith("refused: a plain kernel")
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert of(tmp_path / "missing", "fa4").startswith("missing: pip install")
+    path = tmp_path / "hung"
+    Writer(path)(fault=["cross-check", contest.OTHER_CLOCK, "no progress for 150 s"])
+    assert of(path, "sdpa") == "no progress for 150 s"
+    assert Journal.read(path).blamed("S24 B2 H2 D16 padded", "sdpa") is None
 
 
 def test_memory_is_told() -> None:
@@ -184,6 +214,18 @@ def test_an_interrupted_run_is_taken_up_again(worker: list[list[str]], tmp_path:
     assert not path.with_suffix(".journal").exists()
     assert (tmp_path / "p.html").read_text().count("<tr>") == 2 * (1 + 9)
     assert worker[0][-2:] == ["--worker", str(path.with_suffix(".journal"))]
+
+
+def test_a_page_of_ones_own_shapes(worker: list[list[str]], tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    shapes = [f"{s.batch},{s.heads},{s.seqlen},{s.head_dim}" for s in NINE]
+    command = ["--shape", *shapes, "--json", str(path), "--html", str(tmp_path / "p.html"), *PEERS]
+    assert compare_peers.main(command) == 1 and compare_peers.main(command) == 0
+    record = results.read(path)
+    assert record["complete"] and record["suite"] == "own" and record["suites"] == {}
+    text = (tmp_path / "p.html").read_text()
+    assert "<h2 class=first>Your shapes</h2>" in text and text.count("<tr>") == 1 + 9
+    assert peers_text.of_suite(record, "own") is not None and peers_text.of_suite(record, "nine") is None
 
 
 def test_another_run_starts_from_the_beginning(worker: list[list[str]], tmp_path: Path) -> None:
