@@ -33,7 +33,7 @@ from flashcore.measure import machine
 
 # torch's default is one of its backends below, and its math path takes memory quadratic in the length
 BESIDE = ("sdpa-flash", "sdpa-cudnn", "triton-plain", "fa4", "fa3", "fa2", "flex", "varlen", "flashinfer",
-          "xformers", "sdpa-efficient")  # fmt: skip
+          "xformers", "sdpa-efficient", "sdpa-cudnn-square", "sdpa-efficient-square")  # fmt: skip
 COMPILED = ("flashcore", "flashcore-portable", "flashcore-hopper", "triton-plain", "flex")  # and kept on disk
 OURS = ("flashcore", "flashcore-portable", "flashcore-hopper")
 # What belongs to --shape, and its value where it isn't given.
@@ -221,6 +221,8 @@ def _case(
     found: dict[str, Any] = {}
     for name in ("flashcore", *options.peers):
         peer = peers.ALL[name]
+        if not peer.enters(shape):
+            continue
         if why := before.blamed(shape.label, name):
             admission = contest.Admission("failed", why, {})
         else:

@@ -32,7 +32,7 @@ class Shape:
     window: tuple[int, int] = (-1, -1)  # keys before and after the diagonal that a row sees; -1 = unbounded
     softcap: float = 0.0  # scores -> softcap * tanh(scores / softcap); 0 = off
     bias: int = 0  # batch size of an additive bias [bias, heads, seqlen, seqlen]: 1 or batch; 0 = none
-    # "padded": of each sequence the first `sequence_lengths` keys count, as seqused_k and a mask [B, 1, 1, S] say it.
+    # "padded": of each sequence the first `sequence_lengths` keys count; peers_text.told says how each one hears it.
     # "packed": sequences of those lengths one after the other, [total, heads, head_dim], without padding.
     lengths: str = ""
 

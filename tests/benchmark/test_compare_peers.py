@@ -149,6 +149,17 @@ def test_a_worker_on_every_clock(on_a_cpu: None, monkeypatch: pytest.MonkeyPatch
     assert "call" not in case["contestants"]["sdpa"] and "host" in case["contestants"]["sdpa"]
 
 
+def test_who_serves_one_feature_alone_enters_no_other_contest(on_a_cpu: None, tmp_path: Path) -> None:
+    for lengths, entered in ((["--lengths", "padded"], True), ([], False)):
+        path = tmp_path / f"journal{entered}"
+        asked = options("--shape", "2,2,24,16", "--peers", "sdpa", "sdpa-cudnn-square", *lengths)
+        compare_peers.measure(compare_peers._shapes(asked), asked, path)
+        (case,) = Journal.read(path).cases.values()
+        assert ("sdpa-cudnn-square" in case["contestants"]) == entered
+        assert peers_text.figure(case, "sdpa-cudnn-square") is None
+        assert peers_text.best_peer(case) == "sdpa"
+
+
 def test_a_cross_check_that_says_nothing_says_why(
     on_a_cpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,7 +313,25 @@ def test_comparisons_across_cases() -> None:
     odd = found["S197 B32 H12", "S256 B32 H12"]
     assert odd.ratio == pytest.approx((256 / 197) ** 2)  # all made-up calls take equally long
     text = text_of(record)
-    assert "S197 B32 H12: time per score / that of S256 B32 H12: 1.69x" in text
+    line = next(line for line in text.splitlines() if line.startswith("S197 B32 H12: time per score"))
+    assert line.endswith("that of S256 B32 H12: 1.69x (bar 1.15x; whole tiles of 64 rows alone: 1.30x, computed)")
+
+
+def test_padded_batches_are_compared_form_by_form() -> None:
+    names = ["sdpa-cudnn", "sdpa-efficient", "sdpa-cudnn-square", "sdpa-efficient-square", "flex", "fa4"]
+    record = records.peers("padded", SUITES["padded"])
+    timed = records.gpu({"flashcore": 10.0, **{name: 20.0 + i for i, name in enumerate(names)}})
+    record["cases"][0]["contestants"] = {name: records.ok(gpu_warm=timing) for name, timing in timed.items()}
+    for case in record["cases"][1:]:
+        case["contestants"] = {"flashcore": records.ok(gpu_warm=timed["flashcore"])}
+    assert list(peers_text.by_form(record)) == [
+        f"S256 B32 H12 padded: {name} with {form} / FlashCore with key counts: {ratio:.2f}x"
+        for name, form, ratio in (
+            ("sdpa-cudnn", "a mask [B, 1, 1, S]", 2.0), ("sdpa-cudnn-square", "a mask [B, 1, S, S]", 2.2),
+            ("flex", "a block mask", 2.4), ("fa4", "key counts", 2.5),
+        )
+    ]  # fmt: skip
+    assert "S256 B32 H12 padded: fa4 with key counts / FlashCore with key counts: 2.50x" in text_of(record)
 
 
 def test_compiling_ahead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

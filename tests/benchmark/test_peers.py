@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashcore.benchmark import contest
-from flashcore.benchmark.peers import ALL, PEERS, Peer, flash_attn, flex
+from flashcore.benchmark.peers import ALL, PEERS, Peer, flash_attn, flex, sdpa
 from flashcore.benchmark.shapes import FEATURES, Shape
 from flashcore.reference import oracle
 
@@ -126,6 +126,19 @@ def test_features_on_a_cpu(name: str, shape: Shape, monkeypatch: pytest.MonkeyPa
     refused = name.startswith("sdpa") and shape.features & {"packed", "softcap"}
     found = admitted(ALL[name], shape)
     assert found.status == ("refused" if refused else "ok"), found.reason
+
+
+def test_masks_of_padded_batches() -> None:
+    shape = Shape(3, 4, 48, 16, lengths="padded")
+    q, k, v = shape.inputs("cpu")
+    plain, square = (sdpa._mask(shape, q.device, None, square) for square in (False, True))
+    assert plain is not None and plain.shape == (3, 1, 1, 48)
+    assert square is not None and square.shape == (3, 1, 48, 48) and square.is_contiguous()
+    assert torch.equal(square, plain.expand_as(square)) and square.dtype == torch.bool
+    assert admitted(Peer("square", "square", sdpa._with(None, square=True)), shape).status == "ok"
+    for name in ("sdpa-cudnn", "sdpa-efficient"):
+        assert PEERS[name].enters(shape) and PEERS[name].enters(SHAPES[0])
+        assert PEERS[f"{name}-square"].enters(shape) and not PEERS[f"{name}-square"].enters(SHAPES[0])
 
 
 class Cute(ModuleType):
@@ -275,8 +288,9 @@ def test_on_a_gpu(name: str, shape: Shape) -> None:
 
 
 SERVES = {  # who has to serve what, where it is installed
-    "bias": {"flashcore", "sdpa", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flex"},
-    "padded": {"flashcore", "sdpa", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flex"},
+    "bias": {"flashcore", "sdpa", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flex", "fa4"},
+    "padded": {"flashcore", "sdpa", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flex", "fa4", "sdpa-cudnn-square",
+               "sdpa-efficient-square"},
     "packed": {"flashcore", "varlen", "flex", "fa2", "fa3", "fa4", "flashinfer"},
     "window": {"flashcore", "sdpa", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flex", "varlen", "fa2", "fa3", "fa4"},
 }
