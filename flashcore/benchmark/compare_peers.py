@@ -33,7 +33,7 @@ from flashcore.measure import machine
 
 # torch's default is one of its backends below, and its math path takes memory quadratic in the length
 BESIDE = ("sdpa-flash", "sdpa-cudnn", "triton-plain", "fa4", "fa3", "fa2", "flex", "varlen", "flashinfer",
-          "xformers", "sdpa-efficient")  # fmt: skip
+          "xformers", "sdpa-efficient", "sdpa-cudnn-square", "sdpa-efficient-square")  # fmt: skip
 COMPILED = ("flashcore", "flashcore-portable", "flashcore-hopper", "triton-plain", "flex")  # and kept on disk
 OURS = ("flashcore", "flashcore-portable", "flashcore-hopper")
 # What belongs to --shape, and its value where it isn't given.
@@ -161,19 +161,20 @@ def _compile_in_processes(command: Sequence[str], jobs: int, limit_s: float) -> 
 
 
 def compile_ahead(shapes: Sequence[Shape], names: Sequence[str]) -> None:
-    """Call every contestant that compiles for a shape once, without a look at what it says."""
+    """Call every contestant that compiles for a shape once, without a look at what it says.
+
+    In COMPILED's order, all shapes of one before the next: who is slow, or loses the GPU, keeps none before it waiting.
+    """
     from flashcore.benchmark import peers
 
-    for shape in shapes:
-        inputs = shape.inputs()
-        for name in ("flashcore", *names):
-            if name in COMPILED:
-                with contextlib.suppress(Exception):
-                    peers.ALL[name].require(shape)
-                    prepared = peers.ALL[name].prepare(shape, *inputs)
-                    with prepared.context():
-                        prepared.call()
-                    torch.cuda.synchronize()
+    for name in COMPILED:
+        for shape in shapes if name in ("flashcore", *names) else ():
+            with contextlib.suppress(Exception):
+                peers.ALL[name].require(shape)
+                prepared = peers.ALL[name].prepare(shape, *shape.inputs())
+                with prepared.context():
+                    prepared.call()
+                torch.cuda.synchronize()
 
 
 def measure(shapes: Sequence[Shape], options: argparse.Namespace, path: Path) -> None:
@@ -186,12 +187,6 @@ def measure(shapes: Sequence[Shape], options: argparse.Namespace, path: Path) ->
 
         write.at("ceilings", "torch")
         write(ceilings=None if before.blamed("ceilings", "torch") else ceilings(environment["l2_bytes"]))
-    if options.cross_check and "cross_check" not in before.facts:
-        from flashcore.benchmark import contest, peers
-
-        write.at("cross-check", options.cross_check)
-        blamed = before.blamed("cross-check", options.cross_check)
-        write(cross_check=None if blamed else contest.cross_check(peers.ALL[options.cross_check], shapes[0]))
     if "call" in _clocks(options) and "event_floor_us" not in before.facts:
         from flashcore.measure import clocks, statistics
 
@@ -199,7 +194,20 @@ def measure(shapes: Sequence[Shape], options: argparse.Namespace, path: Path) ->
         write(event_floor_us=results.latency(floor, None, None))
     for shape in shapes:
         if shape.label not in before.cases:
-            write(case=shape.label, **_case(shape, options, environment["l2_bytes"], before, write))
+            started = time.monotonic()
+            found = _case(shape, options, environment["l2_bytes"], before, write)
+            write(case=shape.label, seconds=time.monotonic() - started, **found)
+    if options.cross_check and "cross_check" not in before.facts:  # last: what goes wrong there costs no case
+        write(cross_check=_cross_check(options.cross_check, shapes[0], before, write))
+
+
+def _cross_check(name: str, shape: Shape, before: Journal, write: Writer) -> dict[str, Any]:
+    from flashcore.benchmark import contest, peers
+
+    case = "cross-check"
+    why = before.blamed(case, name) or before.blamed(case, contest.OTHER_CLOCK)
+    found = {"reason": why} if why else contest.cross_check(peers.ALL[name], shape, lambda who: write.at(case, who))
+    return {"contestant": name, "case": shape.label, **found}
 
 
 def _case(
@@ -213,6 +221,8 @@ def _case(
     found: dict[str, Any] = {}
     for name in ("flashcore", *options.peers):
         peer = peers.ALL[name]
+        if not peer.enters(shape):
+            continue
         if why := before.blamed(shape.label, name):
             admission = contest.Admission("failed", why, {})
         else:

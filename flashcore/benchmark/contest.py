@@ -18,6 +18,7 @@ from flashcore.testing import gates
 
 REPLAYS = 30
 ATTEMPTS = 3  # to time what is left after a contestant failed while it was timed
+OTHER_CLOCK = "the other clock"  # who is to blame where a cross-check ends the process; no contestant
 
 Inputs = tuple[Tensor, ...]  # q, k, v, and the bias where the shape has one
 
@@ -173,10 +174,17 @@ def host_clock(admitted: Mapping[str, Prepared], *, blocks: int = 50, calls: int
     return {name: _latency(times, name, ratios=True) for name in times}
 
 
-def cross_check(peer: Peer, shape: Shape) -> dict[str, Any]:
-    """One contestant by our gpu clock and by another's: `measure.second_opinion.cross_check`."""
-    found = second_opinion.cross_check(_contestant([peer.prepare(shape, *shape.inputs())]))
-    return {"contestant": peer.name, "case": shape.label, **found}
+def cross_check(peer: Peer, shape: Shape, watch: Callable[[str], object]) -> dict[str, Any]:
+    """One contestant by our gpu clock and by another's (`measure.second_opinion.cross_check`), or the `reason` why not.
+
+    `watch` hears whose turn it is: the contestant's, then OTHER_CLOCK's.
+    """
+    watch(peer.name)
+    admission = admit(peer, shape, shape.inputs())
+    if not admission.prepared:
+        return {"reason": f"{admission.status}: {admission.reason}"}
+    watch(OTHER_CLOCK)
+    return second_opinion.cross_check(_contestant([admission.prepared]))
 
 
 def _latency(times: Mapping[str, Sequence[float]], name: str, ratios: bool) -> dict[str, Any]:

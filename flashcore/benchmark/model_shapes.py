@@ -97,9 +97,12 @@ def config(name: str) -> Config:
 
 
 def _parts(whole: Config) -> Iterator[Config]:
-    """A configuration, or those of its towers where it joins several."""
-    nested = [whole[name] for name in _NESTED if isinstance(whole.get(name), Mapping)]
-    yield from nested or [whole]
+    """A configuration, or those of its towers where it joins several: of one that generates, the text's tower does."""
+    towers = {name: dict(whole[name]) for name in _NESTED if isinstance(whole.get(name), Mapping)}
+    generates = any("ForConditionalGeneration" in a or "CausalLM" in a for a in whole.get("architectures") or ())
+    if generates and "text_config" in towers:
+        towers["text_config"]["architectures"] = ["CausalLM"]
+    yield from towers.values() or [whole]
 
 
 def _shapes(part: Config, name: str, batches: Sequence[int], dtype: str | None) -> Iterator[Shape]:

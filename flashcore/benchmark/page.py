@@ -36,6 +36,7 @@ SUITE_TITLES = {
     "gqa": "Shared key heads, causal, D=128, bf16",
     "window": "Windows",
     "bias": "Additive bias",
+    "softcap": "Soft cap, causal",
     "padded": "Padded batches: lengths uniform in S/4 to S",
     "varlen": "Packed sequences: lengths uniform in S/4 to S",
     "long": "Long sequences: 16k tokens in all",

@@ -32,7 +32,7 @@ class Shape:
     window: tuple[int, int] = (-1, -1)  # keys before and after the diagonal that a row sees; -1 = unbounded
     softcap: float = 0.0  # scores -> softcap * tanh(scores / softcap); 0 = off
     bias: int = 0  # batch size of an additive bias [bias, heads, seqlen, seqlen]: 1 or batch; 0 = none
-    # "padded": of each sequence the first `sequence_lengths` keys count, as seqused_k and a mask [B, 1, 1, S] say it.
+    # "padded": of each sequence the first `sequence_lengths` keys count; peers_text.told says how each one hears it.
     # "packed": sequences of those lengths one after the other, [total, heads, head_dim], without padding.
     lengths: str = ""
 
@@ -208,6 +208,8 @@ SUITES: dict[str, list[Shape]] = {
     # to both sides, as encoders have it, and backwards, as language models
     "window": [Shape(8, 8, s, 64, window=w) for w in ((128, 128), (128, 0)) for s in (128, 512, 2048)],
     "bias": [Shape(32, 8, s, d, bias=n) for d in (32, 64) for n in (1, 32) for s in (128, 256, 512)],
+    # Gemma's, causal
+    "softcap": [Shape(8, 8, s, 64, True, softcap=50.0) for s in (128, 512, 2048)],
     # each beside the same batch without lengths: what a call costs that pays for the padding
     "padded": [*(replace(full, lengths="padded") for full in _UNEVEN), *_UNEVEN],
     "varlen": [replace(full, lengths="packed") for full in _UNEVEN],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from flashcore.benchmark import contest, results
@@ -143,4 +144,26 @@ def probed() -> dict[str, Any]:
         beside("fixed/random", "elapsed", 0.01, mean=13_000.0), beside("fixed/random", "frequency", 0.0, **free),
         beside("zeros/random", "wall", 0.0, explained=False, dropped=[999_000, 999_000], moved=True),
     ]
+    return record
+
+
+def measured(pattern: str) -> dict[str, Any]:
+    """The newest committed record of this name."""
+    path = max(results.FOLDER.glob(pattern))
+    return {**results.read(path), "file": path.name}
+
+
+def elsewhere(record: dict[str, Any], gpu: str, ours: float, others: float) -> dict[str, Any]:
+    """As if another GPU took `ours` times as long with FlashCore and `others` times as long with everybody else."""
+    record = copy.deepcopy(record)
+    record["environment"]["gpu"] = gpu
+    for case in record["cases"]:
+        for name, found in case["contestants"].items():
+            factor = ours if name.startswith("flashcore") else others
+            for clock in ("gpu_warm", "gpu_cold"):
+                if timing := found.get(clock):
+                    timing |= {key: timing[key] * factor for key in ("us", "low", "high")}
+                    timing["rounds"] = [us * factor for us in timing["rounds"]]
+                    ratio = timing["over_flashcore"]
+                    timing["over_flashcore"] = {key: value * factor / ours for key, value in ratio.items()}
     return record

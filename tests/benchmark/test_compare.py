@@ -157,6 +157,22 @@ def test_warnings() -> None:
     assert incomplete == "B: not every shape was measured"
 
 
+def test_two_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A committed H100 record beside an H200's: ratios of times, and each GPU's own ratio to the best peer."""
+    a = records.measured("peers-features-h100-*.json")
+    paths = written(tmp_path, a=a, b=records.elsewhere(a, "NVIDIA H200", ours=0.8, others=0.9))
+    assert compare.main(paths) == 0
+    said = capsys.readouterr().out
+    assert "WARNING: the GPUs differ (NVIDIA H100 80GB HBM3; NVIDIA H200): the ratios compare machines" in said
+    assert "no library was measured unchanged on the same machine in both" in said
+    n = len(a["cases"])
+    assert f"gpu warm, flashcore: 0.800x (geometric mean over {n}; 0.800x to 0.800x)" in said
+    (lead,) = [line for line in said.splitlines() if "fastest other in both files" in line]
+    before, after = compare.leads(compare.rows(a, compare._read(Path(paths[1]))))["gpu_warm"]
+    assert f"{before:.3f}x as long in A, {after:.3f}x in B" in lead and after == pytest.approx(before * 0.9 / 0.8, 1e-4)
+    assert "Without a ratio" not in said
+
+
 def test_what_has_no_partner_is_named() -> None:
     a, b = peers(), peers()
     del b["cases"][8]

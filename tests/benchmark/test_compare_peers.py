@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from flashcore.benchmark import compare_peers, peers_text, results, sweep
+from flashcore.benchmark import compare_peers, contest, peers_text, results, sweep
 from flashcore.benchmark.isolation import Journal, Writer
 from flashcore.benchmark.peers import ALL, Peer, Prepared
 from flashcore.benchmark.shapes import NINE, SUITES, Shape
@@ -107,18 +107,23 @@ def test_misuse_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.startswith("flashcore bench: --from-model: ") and "'/nowhere'" in said
 
 
-def test_a_worker_on_every_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The worker's own code on a CPU: the clocks are stand-ins, and what it writes makes a record."""
+@pytest.fixture
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker runs here: inputs on the CPU, and stand-ins for what measures a GPU."""
     inputs = Shape.inputs
     monkeypatch.setattr(Shape, "inputs", lambda self, device="cpu", seed=42: inputs(self, "cpu", seed))
     monkeypatch.setattr(machine, "environment", lambda: records.environment())
     monkeypatch.setattr(ceilings, "ceilings", lambda l2: records.peers()["ceilings"])
-    monkeypatch.setattr(clocks, "event_floor", lambda trials: [11.0] * trials)
     monkeypatch.setattr(clocks, "gpu_times", lambda c, **_: ({n: [3.0, 3.1] for n in c}, dict.fromkeys(c, 9)))
+
+
+def test_a_worker_on_every_clock(on_a_cpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The worker's own code on a CPU: the clocks are stand-ins, and what it writes makes a record."""
+    monkeypatch.setattr(clocks, "event_floor", lambda trials: [11.0] * trials)
     monkeypatch.setattr(clocks, "call_times", lambda c, **_: {n: [30.0, 31.0] for n in c})
     monkeypatch.setattr(clocks, "host_times", lambda c, **_: {n: [20.0, 21.0] for n in c})
     monkeypatch.setattr(second_opinion, "cross_check", lambda contestant: {"tool": "t", "us": 3.0})
-    asked = options("--shape", "2,2,24,16", "--peers", "sdpa", "sdpa-efficient", "varlen", "--clock", "all", "--cold",
+    asked = options("--shape", "2,2,24,16", "--peers", "sdpa", "triton-plain", "--clock", "all", "--cold",
                     "--cross-check", "sdpa", "--lengths", "padded", "--trials", "5")  # fmt: skip
     path = tmp_path / "journal"
     compare_peers.measure(compare_peers._shapes(asked), asked, path)
@@ -131,7 +136,7 @@ def test_a_worker_on_every_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         assert found["status"] == "ok" and found["gpu_warm"]["us"] == pytest.approx(3.05)
         assert {"gpu_cold", "call", "host"} <= set(found) and found["host"]["p50"] == 20.5
         assert found["call"]["over_flashcore"]["value"] == 1.0
-    assert case["contestants"]["varlen"]["status"] == "refused"
+    assert case["contestants"]["triton-plain"]["status"] == "refused" and case["seconds"] > 0
     protocol = {"name": " + ".join(peers_text.CLOCKS.values()), "contestants": ["flashcore", *asked.peers]}
     rows = list(peers_text.rows(case, protocol, records.peers()["ceilings"]))
     assert [row[29:38].strip() for row in rows] == ["gpu warm", "gpu cold", "call", "host"]
@@ -142,6 +147,42 @@ def test_a_worker_on_every_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     compare_peers.measure(compare_peers._shapes(asked), asked, path)  # taken up again: the clock that hung is left out
     (case,) = Journal.read(path).cases.values()
     assert "call" not in case["contestants"]["sdpa"] and "host" in case["contestants"]["sdpa"]
+
+
+def test_who_serves_one_feature_alone_enters_no_other_contest(on_a_cpu: None, tmp_path: Path) -> None:
+    for lengths, entered in ((["--lengths", "padded"], True), ([], False)):
+        path = tmp_path / f"journal{entered}"
+        asked = options("--shape", "2,2,24,16", "--peers", "sdpa", "sdpa-cudnn-square", *lengths)
+        compare_peers.measure(compare_peers._shapes(asked), asked, path)
+        (case,) = Journal.read(path).cases.values()
+        assert ("sdpa-cudnn-square" in case["contestants"]) == entered
+        assert peers_text.figure(case, "sdpa-cudnn-square") is None
+        assert peers_text.best_peer(case) == "sdpa"
+
+
+def test_a_cross_check_that_says_nothing_says_why(
+    on_a_cpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(second_opinion, "cross_check", lambda contestant: pytest.fail("nothing was admitted"))
+
+    def of(path: Path, name: str) -> str:
+        asked = options("--shape", "2,2,24,16", "--peers", "sdpa", "--lengths", "padded", "--cross-check", name)
+        compare_peers.measure(compare_peers._shapes(asked), asked, path)
+        journal = Journal.read(path)
+        assert len(journal.cases) == 1
+        record = records.peers() | {"cross_check": journal.facts["cross_check"]}
+        said = next(line for line in peers_text.rest(record) if line.startswith("cross-check: "))
+        what, _, reason = said.partition(": none: ")
+        assert what == f"cross-check: {name} on S24 B2 H2 D16 padded"
+        return reason
+
+    assert of(tmp_path / "refused", "triton-plain").startswith("refused: a plain kernel")
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert of(tmp_path / "missing", "fa4").startswith("missing: pip install")
+    path = tmp_path / "hung"
+    Writer(path)(fault=["cross-check", contest.OTHER_CLOCK, "no progress for 150 s"])
+    assert of(path, "sdpa") == "no progress for 150 s"
+    assert Journal.read(path).blamed("S24 B2 H2 D16 padded", "sdpa") is None
 
 
 def test_memory_is_told() -> None:
@@ -184,6 +225,18 @@ def test_an_interrupted_run_is_taken_up_again(worker: list[list[str]], tmp_path:
     assert not path.with_suffix(".journal").exists()
     assert (tmp_path / "p.html").read_text().count("<tr>") == 2 * (1 + 9)
     assert worker[0][-2:] == ["--worker", str(path.with_suffix(".journal"))]
+
+
+def test_a_page_of_ones_own_shapes(worker: list[list[str]], tmp_path: Path) -> None:
+    path = tmp_path / "own.json"
+    shapes = [f"{s.batch},{s.heads},{s.seqlen},{s.head_dim}" for s in NINE]
+    command = ["--shape", *shapes, "--json", str(path), "--html", str(tmp_path / "p.html"), *PEERS]
+    assert compare_peers.main(command) == 1 and compare_peers.main(command) == 0
+    record = results.read(path)
+    assert record["complete"] and record["suite"] == "own" and record["suites"] == {}
+    text = (tmp_path / "p.html").read_text()
+    assert "<h2 class=first>Your shapes</h2>" in text and text.count("<tr>") == 1 + 9
+    assert peers_text.of_suite(record, "own") is not None and peers_text.of_suite(record, "nine") is None
 
 
 def test_another_run_starts_from_the_beginning(worker: list[list[str]], tmp_path: Path) -> None:
@@ -260,7 +313,25 @@ def test_comparisons_across_cases() -> None:
     odd = found["S197 B32 H12", "S256 B32 H12"]
     assert odd.ratio == pytest.approx((256 / 197) ** 2)  # all made-up calls take equally long
     text = text_of(record)
-    assert "S197 B32 H12: time per score / that of S256 B32 H12: 1.69x" in text
+    line = next(line for line in text.splitlines() if line.startswith("S197 B32 H12: time per score"))
+    assert line.endswith("that of S256 B32 H12: 1.69x (bar 1.15x; whole tiles of 64 rows alone: 1.30x, computed)")
+
+
+def test_padded_batches_are_compared_form_by_form() -> None:
+    names = ["sdpa-cudnn", "sdpa-efficient", "sdpa-cudnn-square", "sdpa-efficient-square", "flex", "fa4"]
+    record = records.peers("padded", SUITES["padded"])
+    timed = records.gpu({"flashcore": 10.0, **{name: 20.0 + i for i, name in enumerate(names)}})
+    record["cases"][0]["contestants"] = {name: records.ok(gpu_warm=timing) for name, timing in timed.items()}
+    for case in record["cases"][1:]:
+        case["contestants"] = {"flashcore": records.ok(gpu_warm=timed["flashcore"])}
+    assert list(peers_text.by_form(record)) == [
+        f"S256 B32 H12 padded: {name} with {form} / FlashCore with key counts: {ratio:.2f}x"
+        for name, form, ratio in (
+            ("sdpa-cudnn", "a mask [B, 1, 1, S]", 2.0), ("sdpa-cudnn-square", "a mask [B, 1, S, S]", 2.2),
+            ("flex", "a block mask", 2.4), ("fa4", "key counts", 2.5),
+        )
+    ]  # fmt: skip
+    assert "S256 B32 H12 padded: fa4 with key counts / FlashCore with key counts: 2.50x" in text_of(record)
 
 
 def test_compiling_ahead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -287,8 +358,9 @@ def test_compiling_ahead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     for name in ("flashcore", "flex", "triton-plain", "sdpa-cudnn"):
         monkeypatch.setitem(ALL, name, peer(name, fails=name == "flashcore"))
-    compare_peers.compile_ahead([Shape(1, 2, 8, 8, heads_kv=1)], ["sdpa-cudnn", "triton-plain", "flex"])
-    assert called == ["flashcore", "flex"]
+    shapes = [Shape(1, 2, 8, 8, heads_kv=1), Shape(1, 2, 16, 8)]
+    compare_peers.compile_ahead(shapes, ["flex", "sdpa-cudnn", "triton-plain"])
+    assert called == ["flashcore", "flashcore", "triton-plain", "flex", "flex"]
     assert options("--compile", "3/8").compile == (3, 8)
 
 

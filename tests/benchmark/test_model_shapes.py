@@ -37,7 +37,12 @@ def test_what_configurations_say(tmp_path: Path) -> None:
     assert of(model_type="vit", **vision) == [Shape(2, 12, 197, 64)]
     assert of(model_type="siglip_vision_model", **vision) == [Shape(2, 12, 196, 64)]
     text = {"hidden_size": 512, "num_attention_heads": 8, "max_position_embeddings": 77}
-    assert of(vision_config=vision, text_config=text) == [Shape(2, 8, 77, 64), Shape(2, 12, 197, 64)]
+    towers: dict[str, Any] = {"vision_config": vision, "text_config": text}
+    assert of(**towers) == [Shape(2, 8, 77, 64), Shape(2, 12, 197, 64)]
+    assert of(**towers, architectures=["Gemma3ForConditionalGeneration"]) == [
+        Shape(2, 8, 77, 64, True), Shape(2, 12, 197, 64),
+    ]  # fmt: skip
+    assert not of(**text, architectures=["T5ForConditionalGeneration"])[0].is_causal  # what is measured is the encoder
     llama = {"architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_attention_heads": 32,
              "num_key_value_heads": 8, "max_position_embeddings": 4096, "torch_dtype": "bfloat16"}  # fmt: skip
     assert of(**llama)[0] == Shape(2, 32, 128, 128, True, "bfloat16", 8)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashcore.benchmark import contest
-from flashcore.benchmark.peers import ALL, PEERS, Peer, flex
+from flashcore.benchmark.peers import ALL, PEERS, Peer, flash_attn, flex, sdpa
 from flashcore.benchmark.shapes import FEATURES, Shape
 from flashcore.reference import oracle
 
@@ -128,9 +128,58 @@ def test_features_on_a_cpu(name: str, shape: Shape, monkeypatch: pytest.MonkeyPa
     assert found.status == ("refused" if refused else "ok"), found.reason
 
 
+def test_masks_of_padded_batches() -> None:
+    shape = Shape(3, 4, 48, 16, lengths="padded")
+    q, k, v = shape.inputs("cpu")
+    plain, square = (sdpa._mask(shape, q.device, None, square) for square in (False, True))
+    assert plain is not None and plain.shape == (3, 1, 1, 48)
+    assert square is not None and square.shape == (3, 1, 48, 48) and square.is_contiguous()
+    assert torch.equal(square, plain.expand_as(square)) and square.dtype == torch.bool
+    assert admitted(Peer("square", "square", sdpa._with(None, square=True)), shape).status == "ok"
+    for name in ("sdpa-cudnn", "sdpa-efficient"):
+        assert PEERS[name].enters(shape) and PEERS[name].enters(SHAPES[0])
+        assert PEERS[f"{name}-square"].enters(shape) and not PEERS[f"{name}-square"].enters(SHAPES[0])
+
+
+class Cute(ModuleType):
+    """As much of CuTe's language as a score_mod takes, on numbers: what is loaded is the last one stored."""
+
+    def jit(self, function: Any) -> Any:
+        return function
+
+    def make_rmem_tensor(self, size: int, kind: Any) -> Any:
+        assert size == 1 and kind == torch.float16
+        return Register()
+
+
+class Register:
+    def __setitem__(self, at: int, value: Tensor) -> None:
+        self.value = value
+
+    def load(self) -> Register:
+        return self
+
+    def to(self, kind: type) -> Any:
+        return kind(self.value)
+
+
+class Aux:
+    """An aux tensor: four indices give a number."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.element_type = tensor, tensor.dtype
+
+    def __getitem__(self, at: tuple[int, int, int, int]) -> Tensor:
+        return self.tensor[at]
+
+
 @pytest.mark.parametrize("shape", FEATURED, ids=lambda shape: shape.label)
 @pytest.mark.parametrize(("name", "package"), [("fa2", "flash_attn"), ("fa4", "flash_attn.cute")])
 def test_flash_attns_features(name: str, package: str, shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    module(monkeypatch, "cutlass", Float32=float)
+    monkeypatch.setitem(sys.modules, "cutlass.cute", Cute("cutlass.cute"))
+    flash_attn._adding.cache_clear()
+
     def window(sides: tuple[int | None, int | None]) -> tuple[int, int]:
         assert (None in sides) <= (name == "fa4") and (-1 in sides) <= (name == "fa2")
         left, right = (-1 if side is None else side for side in sides)
@@ -138,42 +187,72 @@ def test_flash_attns_features(name: str, package: str, shape: Shape, monkeypatch
 
     def flash_attn_func(
         q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: Any = (-1, -1) if name == "fa2" else (None, None),
-        softcap: float = 0.0,
+        softcap: float = 0.0, score_mod: Any = None, aux_tensors: Any = None,
     ) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        out = oracle.cpu(q, k, v, is_causal=causal, window=window(window_size), softcap=softcap)
+        bias = None if score_mod is None else torch.zeros(*q.shape[:3], k.shape[2])
+        for at in () if bias is None else itertools.product(*map(range, bias.shape)):
+            indices = dict(zip(("b_idx", "h_idx", "q_idx", "kv_idx"), ([i] for i in at), strict=True))
+            bias[at] = score_mod(0.0, **indices, seqlen_info=None, aux_tensors=[Aux(t) for t in aux_tensors])
+        out = oracle.cpu(q, k, v, is_causal=causal, window=window(window_size), softcap=softcap, attn_mask=bias)
         assert isinstance(out, Tensor)
         return out.transpose(1, 2)
 
     def flash_attn_varlen_func(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
-        max_seqlen_k: int, causal: bool,
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Any = None, cu_seqlens_k: Any = None, max_seqlen_q: int = 0,
+        max_seqlen_k: int = 0, seqused_k: Any = None, causal: bool = False,
     ) -> tuple[Tensor, None]:
+        if seqused_k is not None:
+            assert cu_seqlens_q is cu_seqlens_k is None and seqused_k.dtype == torch.int32
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            out = oracle.cpu(q, k, v, is_causal=causal, seqused_k=seqused_k)
+            assert isinstance(out, Tensor)
+            return out.transpose(1, 2), None
         assert cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k == max(shape.sequence_lengths)
         return packed_attention(q, k, v, cu_seqlens_q, is_causal=causal), None
 
     module(monkeypatch, "flash_attn")
     module(monkeypatch, package, flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func)
     found = admitted(PEERS[name], shape)
-    assert found.status == ("refused" if shape.features & {"bias", "padded"} else "ok"), found.reason
+    refused = name == "fa2" and shape.features & {"bias", "padded"}
+    assert found.status == ("refused" if refused else "ok"), found.reason
+
+
+def test_flash_attn_4_takes_a_bias_or_a_soft_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    module(monkeypatch, "flash_attn")
+    module(monkeypatch, "flash_attn.cute", flash_attn_func=lambda *_, **__: None)
+    found = admitted(PEERS["fa4"], Shape(2, 4, 24, 16, bias=1, softcap=2.0))
+    assert found.status == "refused" and "one score_mod" in found.reason
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, *FEATURED], ids=lambda shape: shape.label)
-@pytest.mark.parametrize("windows", [False, True])
-def test_varlen(windows: bool, shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
-    def old(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
-            is_causal: bool = False) -> Tensor:  # fmt: skip
+@pytest.mark.parametrize("release", ["2.10", "2.11", "2.13"])
+def test_varlen(release: str, shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    def first(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
+              is_causal: bool = False) -> Tensor:  # fmt: skip
         assert max_q == max_k == max(shape.sequence_lengths)
         return packed_attention(q, k, v, cu_seq_q, is_causal=is_causal)
 
-    def new(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
-            window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False) -> Tensor:  # fmt: skip
-        assert enable_gqa == (shape.kv_heads != shape.heads)
+    def second(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+               window_size: tuple[int, int] = (-1, -1)) -> Tensor:  # fmt: skip
         return packed_attention(q, k, v, cu_seq_q, window=window_size)
 
+    def third(q: Tensor, k: Tensor, v: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+              window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,
+              seqused_k: Tensor | None = None) -> Tensor:  # fmt: skip
+        assert enable_gqa == (shape.kv_heads != shape.heads)
+        if seqused_k is None:
+            return packed_attention(q, k, v, cu_seq_q, window=window_size)
+        assert cu_seq_q.tolist() == list(range(0, len(q) + 1, shape.seqlen)) and max_q == max_k == shape.seqlen
+        padded = (t.unflatten(0, (shape.batch, shape.seqlen)).transpose(1, 2) for t in (q, k, v))
+        out = oracle.cpu(*padded, seqused_k=seqused_k)
+        assert isinstance(out, Tensor)
+        return out.transpose(1, 2).flatten(0, 1)
+
     package = pytest.importorskip("torch.nn.attention.varlen", reason="came with torch 2.10")
-    monkeypatch.setattr(package, "varlen_attn", new if windows else old)
-    refused = shape.features & ({"bias", "padded", "softcap"} if windows else {"bias", "padded", "softcap", "window"})
+    monkeypatch.setattr(package, "varlen_attn", {"2.10": first, "2.11": second, "2.13": third}[release])
+    lacks = {"2.10": {"padded", "window"}, "2.11": {"padded"}, "2.13": set()}[release]
+    refused = shape.features & {"bias", "softcap", *lacks}
     found = admitted(PEERS["varlen"], shape)
     assert found.status == ("refused" if refused else "ok"), found.reason
 
@@ -209,8 +288,9 @@ def test_on_a_gpu(name: str, shape: Shape) -> None:
 
 
 SERVES = {  # who has to serve what, where it is installed
-    "bias": {"flashcore", "sdpa", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flex"},
-    "padded": {"flashcore", "sdpa", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flex"},
+    "bias": {"flashcore", "sdpa", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flex", "fa4"},
+    "padded": {"flashcore", "sdpa", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flex", "fa4", "sdpa-cudnn-square",
+               "sdpa-efficient-square"},
     "packed": {"flashcore", "varlen", "flex", "fa2", "fa3", "fa4", "flashinfer"},
     "window": {"flashcore", "sdpa", "sdpa-cudnn", "sdpa-efficient", "sdpa-math", "flex", "varlen", "fa2", "fa3", "fa4"},
 }

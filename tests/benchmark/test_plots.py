@@ -113,6 +113,7 @@ def test_warm_alone_without_ceilings_and_a_shape_that_nobody_serves() -> None:
         ("causal", ["B8", "B32"] * 4, [f"S{s} causal" for s in (128, 512, 1024, 2048)]),
         ("bias", ["S128", "S256", "S512"] * 4,
          [f"B32{d} bias{n}" for d in (" D32", "") for n in (1, 32)]),
+        ("softcap", ["S128", "S512", "S2048"], ["B8 causal softcap50"]),
         ("padded", ["S256", "S512"] * 2, ["B32 H12 padded", "B32 H12"]),
         ("odd", ["S197", "S256", "S257", "S320", "S577", "S640"], ["B32 H12"]),
         ("window", ["S128", "S512", "S2048"] * 2, ["B8 window128,128", "B8 window128,0"]),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flashcore.benchmark import report, results
+from flashcore.benchmark import page, report, results
 from flashcore.benchmark.shapes import SUITES
 from tests.benchmark import records
 
@@ -151,6 +151,26 @@ def test_another_gpu_is_another_column(root: Path) -> None:
     assert "NVIDIA H200: the clock was held back during some of these runs (software power cap)." in text
     assert "no record of" not in text and "| NVIDIA H200 | 2001-01-01 |" in text
     assert "## NVIDIA H200" in (root / report.PEERS).read_text()
+
+
+def test_the_same_suites_on_two_gpus_stand_side_by_side(tmp_path: Path) -> None:
+    here = records.measured("peers-features-h100-*.json")
+    there = records.elsewhere(here, "NVIDIA H200", ours=0.8, others=0.9)
+    there["cases"][0]["contestants"].pop("sdpa-efficient", None)  # contestants need not be the same
+    for record in (here, there):
+        results.write(tmp_path / "results" / f"peers-{results.slug(record['environment']['gpu'])}.json", record)
+    report.write(tmp_path)
+    text = (tmp_path / report.CROSS_GPU).read_text()
+    assert "| Suite | Clock | NVIDIA H100 80GB HBM3 | NVIDIA H200 |" in text and "no record of" not in text
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if "| gpu warm |" in line]
+    assert [title.strip() for title, *_ in rows] == [
+        title for suite, title in page.SUITE_TITLES.items() if here["suites"].get(suite)
+    ]
+    for _, _, *cells in rows:
+        ratios = [float(cell.split("x")[0]) for cell in cells]
+        assert ratios[1] == pytest.approx(ratios[0] * 0.9 / 0.8, abs=0.015)
+    peers = (tmp_path / report.PEERS).read_text()
+    assert "## NVIDIA H100 80GB HBM3" in peers and "## NVIDIA H200" in peers and "peers-odd-h200.png" in peers
 
 
 def test_an_incomplete_run_is_not_reported(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ PEERS: dict[str, Peer] = {
     p.name: p
     for p in (
         sdpa.DEFAULT, sdpa.FLASH, sdpa.CUDNN, triton_plain.TRITON_PLAIN, flash_attn.FA4, flash_attn.FA3,
-        flash_attn.FA2, flex.FLEX, varlen.VARLEN, flashinfer.FLASHINFER, xformers.XFORMERS, sdpa.EFFICIENT, sdpa.MATH,
+        flash_attn.FA2, flex.FLEX, varlen.VARLEN, flashinfer.FLASHINFER, xformers.XFORMERS, sdpa.EFFICIENT,
+        sdpa.CUDNN_SQUARE, sdpa.EFFICIENT_SQUARE, sdpa.MATH,
     )
 }  # fmt: skip
 ALL: dict[str, Peer] = {**OURS, **PEERS}

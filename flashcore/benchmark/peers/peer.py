@@ -36,7 +36,8 @@ class Peer:
     `prepare(shape, q, k, v)` takes contiguous [B, H, S, D] inputs on a GPU, a bias [1 or B, H, S, S] behind them where
     the shape has one, and converts and plans, all untimed. It raises ImportError where the peer is not installed,
     NotServedError where it doesn't serve the shape; it never arranges for another implementation to step in.
-    `refuses` names the features (shapes.FEATURES) that it doesn't serve, each with the reason.
+    `refuses` names the features (shapes.FEATURES) that it doesn't serve, each with the reason. `only` names the one
+    feature that it is a contestant for: without it, its call would be another contestant's.
     """
 
     name: str
@@ -45,6 +46,11 @@ class Peer:
     distribution: str = "torch"  # whose version is recorded
     install: str = ""  # for who has it not; "" = it comes with FlashCore's own dependencies
     refuses: Mapping[str, str] = field(default_factory=dict)
+    only: str = ""
+
+    def enters(self, shape: Shape) -> bool:
+        """Whether it is a contestant for this shape, be it to refuse."""
+        return not self.only or self.only in shape.features
 
     def require(self, shape: Shape) -> None:
         """Raises NotServedError with every reason why this peer does not serve the shape's features."""

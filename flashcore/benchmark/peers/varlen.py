@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from inspect import signature
 from typing import Any
@@ -26,6 +27,11 @@ def _prepare(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
         options["is_causal"] = True
     if "enable_gqa" in takes and shape.kv_heads != shape.heads:  # older ones neither ask nor look
         options["enable_gqa"] = True
+    if shape.lengths == "padded":
+        if "seqused_k" not in takes:
+            raise NotServedError("this torch's varlen_attn takes no key counts (seqused_k)")
+        options["seqused_k"] = shape.seqused_k(q.device)
+        shape = replace(shape, lengths="")  # one padded sequence after the other
     starts, longest = shape.cu_seqlens(q.device), max(shape.sequence_lengths)
     q, k, v = (shape.pack(t) for t in (q, k, v))
     return Prepared(lambda: attend(q, k, v, starts, starts, longest, longest, **options), shape.unpack)
@@ -33,5 +39,5 @@ def _prepare(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
 
 VARLEN = Peer(
     "varlen", "torch varlen_attn", _prepare, "torch", "pip install 'torch>=2.10'",
-    {"bias": "adds no tensor to the scores", "padded": "its sequences are packed", "softcap": "has no soft cap"},
+    {"bias": "adds no tensor to the scores", "softcap": "has no soft cap"},
 )  # fmt: skip
