@@ -20,6 +20,7 @@ from flashcore.testing.mutants import Mutant, plant
 
 _PORTABLE = "kernels/portable/attention.py"
 _HOPPER = "kernels/hopper/attention.py"
+_SPECIALIZED = "kernels/hopper/specialized.py"
 CONTROLS: dict[str, dict[str, Mutant]] = {
     "portable": {
         "rescale": Mutant(
@@ -61,6 +62,14 @@ CONTROLS: dict[str, dict[str, Mutant]] = {
                         acc = times(acc, alpha)
 """,
         ),
+        "specialized rescale": Mutant(
+            "conditional rescale, specialized",
+            _SPECIALIZED,
+            "        acc = times(acc, alpha)\n        p = gl.convert_layout(next_p",
+            """        if gl.min(alpha, 0) < 0.00390625:
+            acc = times(acc, alpha)
+        p = gl.convert_layout(next_p""",
+        ),
         "mask": Mutant(
             "skipped mask, hopper",
             _HOPPER,
@@ -88,7 +97,7 @@ CONTROLS: dict[str, dict[str, Mutant]] = {
 
 def planted(binding: Binding, kernel: str, control: str) -> Binding:
     """`binding` with a control of its kernel, both by name, in place of the kernel."""
-    return replace(binding, fn=_module(kernel, control).attention_forward)
+    return replace(binding, fn=getattr(_module(kernel, control), binding.fn.__name__))
 
 
 @cache

@@ -143,6 +143,7 @@ def _controls(target: Target) -> Iterator[Variant]:
     problems = {
         "rescale": base, "mask": replace(base, mask=_MASKS["fp16"]), "length": replace(base, seqused_k=True),
         "pointer": replace(base, seqused_k=True),
+        "specialized rescale": replace(_sized(base, 128), seqlen_q=2048, seqlen_k=2048),
     }  # fmt: skip
     for kernel in select.KERNELS:
         for control in CONTROLS[kernel]:

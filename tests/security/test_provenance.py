@@ -96,6 +96,43 @@ def test_a_public_load_taints_nothing_and_its_guard_does() -> None:
     assert (seen.count("predicate"), seen.count("branch")) == (1, 1)
 
 
+# Warps beside the first four read a byte each at the end of shared memory, and branch to what it says.
+DUTIES = Parameters((), WHERE.numbers, duties=0x3019C)
+DUTY = "LDS.U8 R0, [R0+UR4+0x3019c]"
+BRANCH = 'BRX R2 -0x1b0 (*"BRANCH_TARGETS .L_x_0,.L_x_1"*)'
+DISPATCH = ["S2R R0, SR_TID.X", "SHF.R.U32.HI R0, RZ, 0x5, R0", DUTY, "LDC R2, c[0x2][R0]", BRANCH]
+PARTS = [".L_x_0:", "LDS R8, [R9]", "EXIT", ".L_x_1:", "EXIT"]
+
+
+def duty(*lines: str) -> tuple[list[str], int]:
+    """What counts as public, and how many branches depend on data."""
+    kernel = code(*lines)
+    found = provenance.public_loads(kernel, DUTIES)
+    return [kernel.instructions[i].text for i in sorted(found)], taint.analyse(kernel, found).count("branch")
+
+
+def test_what_a_warp_is_to_do_is_public() -> None:
+    assert duty(*DISPATCH, *PARTS) == ([DUTY], 0)
+    assert duty("MOV R3, 0x1", "STS.64 [UR7+0x301a0], R2", *DISPATCH, *PARTS) == ([DUTY], 0)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["LDG.E R3, [R4.64]", "STS [UR7+0x301a0], R3", *DISPATCH, *PARTS],  # written from data
+        ["HMMA.16816.F32 R4, R12, R16, R8", "STS [UR7+0x301a0], R4", *DISPATCH, *PARTS],
+        ["LDS R0, [R9]", *DISPATCH[2:], *PARTS],  # read at a place that is data
+        [line.replace("0x3019c", "0x3018c") for line in DISPATCH] + PARTS,  # elsewhere
+        [line.replace("LDS.U8", "LDS.U16") for line in DISPATCH] + PARTS,
+    ],
+    ids=["stored", "product", "address", "elsewhere", "wider"],
+)
+def test_what_else_is_in_shared_memory_is_secret(lines: list[str]) -> None:
+    assert duty(*lines) == ([], 1)
+    kernel = code(*DISPATCH, *PARTS)
+    assert provenance.public_loads(kernel, WHERE) == frozenset(), "a kernel without further warps"
+
+
 def _most() -> list[Variant]:
     return [v for v in variants([80, 90], quick=True) if v.problem.ragged and not v.control]
 
