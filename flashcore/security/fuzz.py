@@ -5,10 +5,11 @@
 
 A problem is one integer, from which flashcore/testing/problems.py draws the call: its low 32 bits are its kind, all
 that a kernel is compiled for, the others its sizes and values, so that one compilation serves hundreds. Outputs lie in
-guard bands and hold NaN before the call. Several processes share the GPU. One that hangs, crashes or loses the GPU
-costs the problem it was at, which is on record with its number, and goes on behind it. Failing problems are made
-smaller for as long as they fail. The control is a process whose portable kernel has a fault planted in it. Without a
-GPU the portable kernel runs in Triton's interpreter.
+guard bands and hold NaN before the call. Several processes share the GPU, which does nothing but the calls: each judges
+on a core of its own, by one reference for all backends. One that hangs, crashes or loses the GPU costs the problem it
+was at, which is on record with its number, and goes on behind it. Failing problems are made smaller for as long as they
+fail. The control is a process whose portable kernel has a fault planted in it. Without a GPU the portable kernel runs
+in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -140,15 +141,15 @@ def work(
                 return 0
             problem = number(kind, step)
             said.at(problem, place, None)
-            call = draw(problem, longest)
+            trial = problems.Trial(draw(problem, longest), device)
             ran = 0
             for backend in backends:
                 said.at(problem, place, backend)
                 try:
-                    if not budget.serves(call, backend):
+                    if not budget.serves(trial.call, backend):
                         said.count(passed_over=1)
                         continue
-                    wrong = problems.run(call, backend, device)
+                    wrong = trial.run(backend)
                 except UnsupportedError:
                     said.count(refused=1)
                     continue
