@@ -46,6 +46,8 @@ ON_CPU = 40  # rows of a sequence: the interpreter takes a second for some hundr
 SHRINK = (4, 8, 16, 32, 64, 128)  # longest sequences that a failing problem is tried with
 MOST_SHRUNK = 5
 ONE_S = 90.0  # for one problem in a process of its own
+# What glibc gives back to the system when a reference's temporaries are freed, the next ones fault in page by page.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
 _POLL_S = 0.2
 LOST_GPU = 3  # a worker's exit status
 
@@ -329,7 +331,8 @@ def _worker(device: str) -> list[str]:
 
 
 def _environment(device: str) -> dict[str, str]:
-    return {**os.environ, "TRITON_INTERPRET": "1"} if device == "cpu" else dict(os.environ)
+    interpreted = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    return {**MALLOC, **os.environ, **interpreted}
 
 
 def shrink(failure: dict[str, Any], device: str, most: int, until: float) -> dict[str, Any]:
