@@ -38,12 +38,6 @@ class Block:
     def group(self) -> int:
         return self.q.shape[2]
 
-    def pick(self, tensor: Tensor) -> Tensor:
-        """This block's part of a [B, Hq, Sq, ...] tensor, as [b, h, group, rows, ...]."""
-        part = tensor[self.batch, self.heads_q, self.rows]
-        shared: Tensor = part.unflatten(1, (-1, self.group))
-        return shared
-
     def times(self, weights: Tensor, values: Tensor) -> Tensor:
         """weights [b, h, group, rows, Sk] @ values [b, h, Sk, x], cast to the weights' dtype."""
         return _matmul(weights, values.to(weights.dtype))

@@ -5,10 +5,11 @@
 
 A problem is one integer, from which flashcore/testing/problems.py draws the call: its low 32 bits are its kind, all
 that a kernel is compiled for, the others its sizes and values, so that one compilation serves hundreds. Outputs lie in
-guard bands and hold NaN before the call. Several processes share the GPU. One that hangs, crashes or loses the GPU
-costs the problem it was at, which is on record with its number, and goes on behind it. Failing problems are made
-smaller for as long as they fail. The control is a process whose portable kernel has a fault planted in it. Without a
-GPU the portable kernel runs in Triton's interpreter.
+guard bands and hold NaN before the call. Several processes share the GPU, which does nothing but the calls: each judges
+on a core of its own, by one reference for all backends. One that hangs, crashes or loses the GPU costs the problem it
+was at, which is on record with its number, and goes on behind it. Failing problems are made smaller for as long as they
+fail. The control is a process whose portable kernel has a fault planted in it. Without a GPU the portable kernel runs
+in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ ON_CPU = 40  # rows of a sequence: the interpreter takes a second for some hundr
 SHRINK = (4, 8, 16, 32, 64, 128)  # longest sequences that a failing problem is tried with
 MOST_SHRUNK = 5
 ONE_S = 90.0  # for one problem in a process of its own
+# What glibc gives back to the system when a reference's temporaries are freed, the next ones fault in page by page.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
 _POLL_S = 0.2
 LOST_GPU = 3  # a worker's exit status
 
@@ -140,15 +143,15 @@ def work(
                 return 0
             problem = number(kind, step)
             said.at(problem, place, None)
-            call = draw(problem, longest)
+            trial = problems.Trial(draw(problem, longest), device)
             ran = 0
             for backend in backends:
                 said.at(problem, place, backend)
                 try:
-                    if not budget.serves(call, backend):
+                    if not budget.serves(trial.call, backend):
                         said.count(passed_over=1)
                         continue
-                    wrong = problems.run(call, backend, device)
+                    wrong = trial.run(backend)
                 except UnsupportedError:
                     said.count(refused=1)
                     continue
@@ -328,7 +331,8 @@ def _worker(device: str) -> list[str]:
 
 
 def _environment(device: str) -> dict[str, str]:
-    return {**os.environ, "TRITON_INTERPRET": "1"} if device == "cpu" else dict(os.environ)
+    interpreted = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    return {**MALLOC, **os.environ, **interpreted}
 
 
 def shrink(failure: dict[str, Any], device: str, most: int, until: float) -> dict[str, Any]:

@@ -34,7 +34,9 @@ beyond the sequence's length excuses nothing, nor does NaN in q or k.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +101,37 @@ class Verdict:
         return f"{'passed' if self.passed else 'FAILED'}: {text}; worst row {self.worst_row}; {self.excused} excused"
 
 
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What is right for one problem, and how far from it a result may be: no result has a part in it."""
+
+    shape: tuple[int, ...]  # of the output
+    parts: Iterable[_Part]  # those of `check` are computed one by one, and forgotten
+
+    def check(self, out: Tensor, lse: Tensor | None = None) -> Verdict:
+        """`check` of one result of the problem, which is on the device of its inputs; synchronises at the end."""
+        shape = self.shape
+        if out.shape != shape:
+            raise ValueError(f"out: expected {tuple(shape)}, got {tuple(out.shape)}")
+        if lse is not None and lse.shape != shape[:3]:
+            raise ValueError(f"lse: expected {tuple(shape[:3])}, got {tuple(lse.shape)}")
+        measured = [part.measure(out, lse) for part in self.parts]
+        return _verdict(torch.stack(measured).tolist() if measured else [])
+
+
+def expect(
+    q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, *, is_causal: bool = False, scale: float | None = None,
+    window: tuple[int, int] = (-1, -1), softcap: float = 0.0, attn_mask: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+) -> Expected:
+    """What `check` compares a result in `dtype` with, computed once for any number of results; arguments as for it."""
+    parts = _parts(
+        q, k, v, dtype, is_causal=is_causal, scale=scale, window=window, softcap=softcap, attn_mask=attn_mask,
+        seqused_k=seqused_k,
+    )
+    return Expected((*q.shape[:3], v.shape[-1]), tuple(parts))
+
+
 def check(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, lse: Tensor | None = None, is_causal: bool = False,
     scale: float | None = None, window: tuple[int, int] = (-1, -1), softcap: float = 0.0,
@@ -116,22 +149,11 @@ def check(
     Raises:
         ValueError: out or lse of another shape, or a dtype without gates.
     """
-    shape = (*q.shape[:3], v.shape[-1])
-    if out.shape != shape:
-        raise ValueError(f"out: expected {tuple(shape)}, got {tuple(out.shape)}")
-    if lse is not None and lse.shape != shape[:3]:
-        raise ValueError(f"lse: expected {tuple(shape[:3])}, got {tuple(lse.shape)}")
-    if out.dtype not in _DIGITS:
-        raise ValueError(f"out: expected fp16, bf16 or fp32, got {out.dtype}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    measured = [
-        _measure(block, block.pick(out), None if lse is None else block.pick(lse), out.dtype, scale, softcap)
-        for block in blocks(
-            q, k, v, is_causal=is_causal, scale=scale, window=window, softcap=softcap, attn_mask=attn_mask,
-            seqused_k=seqused_k,
-        )
-    ]
-    return _verdict(torch.stack(measured).tolist() if measured else [], shape)
+    parts = _parts(
+        q, k, v, out.dtype, is_causal=is_causal, scale=scale, window=window, softcap=softcap, attn_mask=attn_mask,
+        seqused_k=seqused_k,
+    )
+    return Expected((*q.shape[:3], v.shape[-1]), parts).check(out, lse)
 
 
 def require(
@@ -152,45 +174,100 @@ def require(
     return verdict
 
 
-def _measure(
-    block: Block, out: Tensor, lse: Tensor | None, dtype: torch.dtype, scale: float, softcap: float
-) -> Tensor:
-    """The figures of one block, as one fp64 vector on its device. out [b, h, group, rows, Dv], lse [.., rows]."""
-    out = out.double()
-    weights, sums, want_lse = block.softmax()
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What is right for one block, in fp64, and its own figures. Elements are [b, h, group, rows, Dv]."""
+
+    at: tuple[slice, slice, slice]  # batch, query heads and rows
+    group: int
+    reference: Tensor
+    finite: Tensor  # elements
+    nothing: Tensor  # rows without a key, [.., rows, 1]
+    excused: Tensor  # elements
+    tolerance: Tensor  # of elements
+    floor2: Tensor  # of rows, [.., rows]
+    lse: Tensor  # [.., rows]
+    lse_tolerance: Tensor  # [.., rows]
+    sums: tuple[Tensor, ...]  # of reference^2, floor^2, floor^4, floor^2 of rows alike; number of excused elements
+    tops: tuple[Tensor, ...]  # largest error of the plain path, largest floor
+
+    def measure(self, out: Tensor, lse: Tensor | None) -> Tensor:
+        """The figures of this block of a result, as one fp64 vector on its device."""
+        out = self._pick(out).double()
+        finite, judged = out.isfinite(), ~self.excused
+        wrong = judged & ((finite != self.finite) | (self.nothing & (out != 0)))
+        error2 = (out - self.reference).masked_fill(~(judged & finite & self.finite), 0.0).square_()
+        row_ratio2 = (error2.sum(-1) / self.floor2).nan_to_num_(0.0)  # 0 / 0: nothing of the row is judged
+        worst = row_ratio2.argmax()
+        place = torch.unravel_index(worst, row_ratio2.shape)  # in the block: batch, key head, head of its group, row
+        lse_ratio, wrong_lse = self._measure_lse(lse)
+        batch, heads, rows = self.at
+        reference2, *floors, excused = self.sums
+        figures = (
+            error2.sum(), reference2, *floors, wrong.sum() + wrong_lse, excused,
+            (error2.sqrt() / self.tolerance).max(), error2.max().sqrt(), *self.tops, lse_ratio,
+            row_ratio2.flatten()[worst].sqrt(),
+            batch.start + place[0], heads.start + place[1] * self.group + place[2], rows.start + place[3],
+        )  # fmt: skip
+        return torch.stack([figure.double() for figure in figures])
+
+    def _measure_lse(self, lse: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(largest error / tolerance, number of elements that are finite, -inf or neither where they should not be)."""
+        want = self.lse
+        if lse is None:
+            return want.new_zeros(()), want.new_zeros(())
+        lse = self._pick(lse).double()
+        finite, nothing = want.isfinite(), want == -torch.inf
+        wrong = (lse.isfinite() != finite) | ((lse == -torch.inf) != nothing)
+        ratio = ((lse - want).abs() / self.lse_tolerance).masked_fill(~finite | wrong, 0.0)
+        return ratio.max(), wrong.sum()
+
+    def _pick(self, tensor: Tensor) -> Tensor:
+        """This block of a [B, Hq, Sq, ...] tensor, as [b, h, group, rows, ...]."""
+        part: Tensor = tensor[self.at].unflatten(1, (-1, self.group))
+        return part
+
+
+def _parts(
+    q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, *, scale: float | None, softcap: float, **options: Any
+) -> Iterator[_Part]:
+    if dtype not in _DIGITS:
+        raise ValueError(f"out: expected fp16, bf16 or fp32, got {dtype}")
+    size = q.shape[-1] ** -0.5 if scale is None else scale
+    for block in blocks(q, k, v, scale=scale, softcap=softcap, **options):
+        yield _part(block, dtype, size, softcap)
+
+
+def _part(block: Block, dtype: torch.dtype, scale: float, softcap: float) -> _Part:
+    weights, sums, lse = block.softmax()
     reference = block.weigh(weights) / sums
-    nothing = want_lse == -torch.inf
+    nothing = lse == -torch.inf
     v = block.v if block.v_is_finite else block.v.nan_to_num(0.0, 0.0, 0.0)
-    score_error, lean = _score_error(block, sums, want_lse, scale)
+    score_error, lean = _score_error(block, sums, lse, scale)
     told_apart = score_error < 2.0 ** -_DIGITS[dtype] / 4.0
-    floor2 = _floor2(block, weights, sums, reference, score_error, told_apart, lean, v, dtype, softcap)
-    alike = ((weights == 1.0) & ~told_apart).any(-1)
+    largest = weights == 1.0
+    floor2 = _floor2(block, weights, sums, reference, score_error, largest & told_apart, lean, v, dtype, softcap)
+    alike = (largest & ~told_apart).any(-1)
 
     finite = reference.isfinite()
-    wrong = (out.isfinite() != finite) | (nothing & (out != 0))
     excused = torch.zeros_like(finite) if block.v_is_finite else _excused(block) & finite & ~nothing
     unjudged = ~finite | excused
-    error2 = (out - reference).masked_fill(unjudged | ~out.isfinite(), 0.0).square_()
     reference2 = reference.masked_fill(unjudged, 0.0).square_()
-    floor2 = floor2.masked_fill(unjudged, 0.0)
-    tolerance = torch.maximum(ALLCLOSE_ATOL + ALLCLOSE_RTOL * reference2.sqrt(), 6.0 * floor2.sqrt())
-    plain_error = (_plain(block, v, dtype) - reference).masked_fill(unjudged, 0.0)
-    plain_error = plain_error.masked_fill(~plain_error.isfinite(), 0.0)
-
+    floor2.masked_fill_(unjudged, 0.0)
+    plain_error = (_plain(block, v, dtype) - reference).masked_fill_(unjudged, 0.0)
+    plain_error.masked_fill_(~plain_error.isfinite(), 0.0)
     row_floor2 = floor2.sum(-1)
-    row_ratio2 = (error2.sum(-1) / row_floor2).nan_to_num_(0.0)  # 0 / 0: nothing of the row is judged
-    worst = row_ratio2.argmax()
-    place = torch.unravel_index(worst, row_ratio2.shape)  # within the block: batch, key head, head of the group, row
-    lse_ratio, wrong_lse = _lse(lse, want_lse, score_error, lean)
-    figures = (
-        error2.sum(), reference2.sum(), row_floor2.sum(), row_floor2.square().sum(), row_floor2[alike].sum(),
-        (wrong & ~excused).sum() + wrong_lse, excused.sum(),
-        (error2.sqrt() / tolerance).max(), error2.max().sqrt(), plain_error.abs().max(), floor2.max().sqrt(),
-        lse_ratio, row_ratio2.flatten()[worst].sqrt(),
-        block.batch.start + place[0], block.heads_q.start + place[1] * block.group + place[2],
-        block.rows.start + place[3],
+    lse = lse.squeeze(-1)
+    return _Part(
+        at=(block.batch, block.heads_q, block.rows), group=block.group, reference=reference, finite=finite,
+        nothing=nothing, excused=excused, floor2=row_floor2, lse=lse,
+        tolerance=torch.maximum(ALLCLOSE_ATOL + ALLCLOSE_RTOL * reference2.sqrt(), 6.0 * floor2.sqrt()),
+        lse_tolerance=torch.maximum(LSE_TOLERANCE * lse.abs().clamp(min=1.0), 8.0 * (lean * score_error).amax(-1)),
+        sums=(
+            reference2.sum(), row_floor2.sum(), row_floor2.square().sum(), row_floor2[alike].sum(), excused.sum()
+        ),
+        tops=(plain_error.abs().max(), floor2.max().sqrt()),
     )  # fmt: skip
-    return torch.stack([figure.double() for figure in figures])
 
 
 def _score_error(block: Block, sums: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -200,21 +277,24 @@ def _score_error(block: Block, sums: Tensor, lse: Tensor, scale: float) -> tuple
     """
     scores = block.scores
     size = abs(scale) * block.q.norm(dim=-1, keepdim=True) * block.k.norm(dim=-1)[:, :, None, None, :]
-    error = (_FP32_SUM * (size + scores.abs())).masked_fill(scores == -torch.inf, 0.0)
+    error = size.add_(scores.abs()).mul_(_FP32_SUM).masked_fill_(scores == -torch.inf, 0.0)
     top = (lse - sums.log()).nan_to_num(0.0, 0.0, 0.0)
-    return error, (scores - top + 8.0 * error).clamp(max=0.0).exp()
+    return error, (scores - top).add_(8.0 * error).clamp_(max=0.0).exp_()
 
 
 def _floor2(
-    block: Block, weights: Tensor, sums: Tensor, reference: Tensor, score_error: Tensor, told_apart: Tensor,
+    block: Block, weights: Tensor, sums: Tensor, reference: Tensor, score_error: Tensor, exact: Tensor,
     lean: Tensor, v: Tensor, dtype: torch.dtype, softcap: float,
 ) -> Tensor:
-    """Variance of an honest kernel's error, element by element: the sum in this module's docstring."""
-    rounding = torch.minimum(_ulp(weights, dtype).square_() / 12.0, weights.square())
-    # exp2(s * scale - max) of the largest score rounds to 1, as long as the product's own rounding is small
-    rounding = rounding.masked_fill_((weights == 1.0) & told_apart, 0.0).div_(sums.square())
-    wobble = (lean / sums * (score_error + _FP32_SUM * (1.0 + softcap)).clamp(max=1.0)).square_()
-    values = block.times(rounding + wobble, v.square())
+    """Variance of an honest kernel's error, element by element: the sum in this module's docstring.
+
+    `exact` are the weights without rounding: exp2(s * scale - max) of the largest score is 1, as long as the product's
+    own rounding is small.
+    """
+    rounding = torch.minimum(_ulp(weights, dtype).square_().div_(12.0), weights.square())
+    rounding = rounding.masked_fill_(exact, 0.0).div_(sums.square())
+    wobble = (score_error + _FP32_SUM * (1.0 + softcap)).clamp_(max=1.0).mul_(lean / sums).square_()
+    values = block.times(rounding.add_(wobble), v.square())
     values -= 2.0 * reference * block.times(wobble, v)
     values += reference.square() * wobble.sum(-1, keepdim=True)
     keys = (block.scores > -torch.inf).sum(-1, keepdim=True)
@@ -225,7 +305,7 @@ def _floor2(
 def _ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Spacing of `dtype`'s numbers at each fp64 x: x's exponent bits alone are the power of two below it."""
     power = (x.contiguous().view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
-    return (power * 2.0 ** (1 - _DIGITS[dtype])).clamp_(min=_LEAST_ULP[dtype])
+    return power.mul_(2.0 ** (1 - _DIGITS[dtype])).clamp_(min=_LEAST_ULP[dtype])
 
 
 def _plain(block: Block, v: Tensor, dtype: torch.dtype) -> Tensor:
@@ -244,19 +324,7 @@ def _excused(block: Block) -> Tensor:
     return block.times(hidden.expand(block.scores.shape).double(), ~block.v.isfinite()) > 0
 
 
-def _lse(lse: Tensor | None, want: Tensor, score_error: Tensor, lean: Tensor) -> tuple[Tensor, Tensor]:
-    """(largest error / tolerance, number of elements that are finite, -inf or neither where they should not be)."""
-    if lse is None:
-        return want.new_zeros(()), want.new_zeros(())
-    lse, want = lse.double(), want.squeeze(-1)
-    finite, nothing = want.isfinite(), want == -torch.inf
-    wrong = (lse.isfinite() != finite) | ((lse == -torch.inf) != nothing)
-    tolerance = torch.maximum(LSE_TOLERANCE * want.abs().clamp(min=1.0), 8.0 * (lean * score_error).amax(-1))
-    ratio = ((lse - want).abs() / tolerance).masked_fill(~finite | wrong, 0.0)
-    return ratio.max(), wrong.sum()
-
-
-def _verdict(measured: list[list[float]], shape: tuple[int, ...]) -> Verdict:
+def _verdict(measured: list[list[float]]) -> Verdict:
     sums = [sum(block[i] for block in measured) for i in range(7)]
     error2, reference2, floor2, floor4, alike2, non_finite, excused = sums
     tops = [max((block[i] for block in measured), default=0.0) for i in range(7, 13)]

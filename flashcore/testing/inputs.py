@@ -268,11 +268,33 @@ def lay_out(tensor: Tensor, layout: str) -> Tensor:
 
 
 def place(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """`tensor` on `device` with its strides, its alignment and the memory around it; itself if it is there already."""
+    """`tensor` on `device` with its strides, its alignment and the memory around it; itself if it is there already.
+
+    A GPU's copy is made on its current stream, and not waited for.
+    """
     if tensor.device == torch.device(device):
         return tensor
-    size = tensor.untyped_storage().nbytes() // tensor.element_size()
-    memory = torch.as_strided(tensor, (size,), (1,), 0).to(device)
+    memory = _memory(tensor)
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        return _like(tensor, memory.pin_memory().to(device, non_blocking=True))
+    return _like(tensor, memory.to(device))
+
+
+def fetch(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one device on the CPU, as `place` has them there; the device is waited for once."""
+    if tensors[0].device.type != "cuda":
+        return [place(t, "cpu") for t in tensors]
+    fetched = [_like(t, _memory(t).to("cpu", non_blocking=True)) for t in tensors]
+    torch.cuda.current_stream(tensors[0].device).synchronize()
+    return fetched
+
+
+def _memory(tensor: Tensor) -> Tensor:
+    """All of what `tensor` is a view of."""
+    return torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+
+
+def _like(tensor: Tensor, memory: Tensor) -> Tensor:
     return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
@@ -301,11 +323,16 @@ class Guarded:
         strides = [rows[0] * rows[1] * (d + gap), rows[1] * (d + gap), d + gap, 1]
         if layout == "bshd":
             strides[1], strides[2] = strides[2], strides[1]
-        self._memory = torch.full((b * h * s * (d + gap) + 2 * self.BAND,), self.GUARD, dtype=dtype, device=device)
-        self.out = self._memory.as_strided(shape, strides, self.BAND).fill_(float("nan"))
+        memory = torch.full((b * h * s * (d + gap) + 2 * self.BAND,), self.GUARD, dtype=dtype, device=device)
+        self.out = memory.as_strided(shape, strides, self.BAND).fill_(float("nan"))
 
     def intact(self) -> bool:
         """Whether everything around `out` is as it was."""
-        rest = self._memory.clone()
-        rest.as_strided(self.out.shape, self.out.stride(), self.BAND).fill_(self.GUARD)
-        return bool((rest == self.GUARD).all())
+        return intact(self.out)
+
+
+def intact(out: Tensor) -> bool:
+    """Whether everything around a guarded output, or a copy that `fetch` made of it, is as it was."""
+    rest = _memory(out).clone()
+    _like(out, rest).fill_(Guarded.GUARD)
+    return bool((rest == Guarded.GUARD).all())

@@ -12,7 +12,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from random import Random
 from typing import Any, NamedTuple
 
@@ -20,8 +20,20 @@ import torch
 from torch import Tensor
 
 from flashcore.core.errors import UnsupportedError
-from flashcore.testing.gates import check
-from flashcore.testing.inputs import FAMILIES, LAYOUTS, Guarded, Inputs, Shape, lay_out, make, place, poison_padding
+from flashcore.testing.gates import Expected, expect
+from flashcore.testing.inputs import (
+    FAMILIES,
+    LAYOUTS,
+    Guarded,
+    Inputs,
+    Shape,
+    fetch,
+    intact,
+    lay_out,
+    make,
+    place,
+    poison_padding,
+)
 
 KIN = 100  # consecutive seeds that share what a kernel is compiled for, so that a GPU's time goes into running them
 LONGEST = 300  # rows, and keys, of a sequence
@@ -245,28 +257,61 @@ def run(call: Call, backend: str | None = None, device: torch.device | str = "cp
     Raises:
         UnsupportedError: `backend` does not serve it.
     """
-    from flashcore.fast.attention_production import attention
-    from flashcore.fast.varlen import attention_varlen
+    return Trial(call, device).run(backend)
 
-    tensors = {name: place(t, device) for name, t in call.tensors.items()}
-    options = {**call.options, "backend": backend}
-    if backend == "hopper":  # which has tiles of its own
-        options |= {"block_m": None, "block_n": None}
-    into, guarded = options.pop("out"), None
-    if into:
-        q, v = _heads_first(call, "q"), _heads_first(call, "v")
-        guarded = Guarded((*q.shape[:3], v.shape[3]), q.dtype, device, into)
-        options["out"] = _as_asked(guarded.out, call)
-    compute: Any = attention_varlen if call.packed else attention
-    result = compute(**tensors, **options)
-    out, lse = result if options["return_lse"] else (result, None)
-    placed = Call(tensors, call.options)
-    wrong = _judge_packed(placed, out, lse, into != "") if call.packed else _judge(placed, out, lse)
-    if out.dtype != tensors["q"].dtype or (lse is not None and lse.dtype != torch.float32):
-        wrong.append(f"returned {out.dtype}, {lse if lse is None else lse.dtype}")
-    if guarded is not None and not (out is options["out"] and guarded.intact()):
-        wrong.append("written beside the output, or not into it")
-    return "; ".join(failure for failure in wrong if failure)
+
+class Trial:
+    """A call on a device, put to any number of backends: its inputs are sent once, the reference is computed once.
+
+    It is judged on the CPU. On a GPU, where every operator of the gates is a launch and several processes wait for each
+    other's, that leaves the call itself and one copy of what it wrote, the only thing that is waited for.
+    """
+
+    def __init__(self, call: Call, device: torch.device | str = "cpu") -> None:
+        self.call, self.device = call, device
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """The call's, on the device."""
+        return {name: place(t, self.device) for name, t in self.call.tensors.items()}
+
+    @cached_property
+    def expected(self) -> list[tuple[slice, Expected]]:
+        """Rows, and what is right for them: each packed sequence by itself, else all at once."""
+        call = self.call
+        q, k, v = (_heads_first(call, name) for name in "qkv")
+        given = {**call.options, **call.tensors}
+        judged = {name: value for name, value in given.items() if name in JUDGED}
+        sides = [_sequences(call, name) if call.packed else [slice(None)] for name in "qk"]
+        return [
+            (rows, expect(q[:, :, rows], k[:, :, keys], v[:, :, keys], q.dtype, **judged))
+            for rows, keys in zip(*sides, strict=True)
+        ]
+
+    def run(self, backend: str | None = None) -> str:
+        """`run` of this module, by one backend."""
+        from flashcore.fast.attention_production import attention
+        from flashcore.fast.varlen import attention_varlen
+
+        call, options = self.call, {**self.call.options, "backend": backend}
+        if backend == "hopper":  # which has tiles of its own
+            options |= {"block_m": None, "block_n": None}
+        into = options.pop("out")
+        if into:
+            q, v = _heads_first(call, "q"), _heads_first(call, "v")
+            guarded = Guarded((*q.shape[:3], v.shape[3]), q.dtype, self.device, into)
+            options["out"] = _as_asked(guarded.out, call)
+        compute: Any = attention_varlen if call.packed else attention
+        result = compute(**self.tensors, **options)
+        returned = result if options["return_lse"] else (result,)
+        expected = self.expected  # computed for the first backend, while a GPU is at its call
+        out, *lse = fetch(*returned)
+        wrong = _judge(call, expected, out, lse[0] if lse else None)
+        if into and not (returned[0] is options["out"] and intact(out)):
+            wrong.append("written beside the output, or not into it")
+        for tensor in returned:  # what the next backend leaves unwritten must not hold what was right here
+            tensor.fill_(math.nan)
+        return "; ".join(failure for failure in wrong if failure)
 
 
 def _heads_first(call: Call, name: str) -> Tensor:
@@ -285,39 +330,27 @@ def _as_asked(tensor: Tensor, call: Call) -> Tensor:
     return tensor[0].transpose(0, 1) if call.packed else _swapped(tensor, call)
 
 
-def _judged(call: Call) -> dict[str, Any]:
-    """The arguments that `check` takes."""
-    given = {**call.options, **call.tensors}
-    return {name: value for name, value in given.items() if name in JUDGED}
-
-
-def _judge(call: Call, out: Tensor, lse: Tensor | None) -> list[str]:
-    q, k, v = (_heads_first(call, name) for name in "qkv")
-    return [check(_swapped(out, call), q, k, v, lse=lse, **_judged(call)).failures]
-
-
-def _judge_packed(call: Call, out: Tensor, lse: Tensor | None, was_nan: bool) -> list[str]:
-    """Each sequence by itself; rows that belong to none hold what they held before, where that is known."""
-    q, k, v = (_heads_first(call, name) for name in "qkv")
-    out = _swapped(out, call)
-    sides = [
-        _ranges(call.tensors[f"cu_seqlens_{n}"].tolist(), t.shape[2], call.options[f"max_seqlen_{n}"])
-        for n, t in (("q", q), ("k", k))
-    ]
-    of_none = torch.ones(q.shape[2], dtype=torch.bool)
+def _judge(call: Call, expected: list[tuple[slice, Expected]], out: Tensor, lse: Tensor | None) -> list[str]:
+    """Rows that belong to no packed sequence hold what they held before, where that is known."""
     wrong = []
-    for rows, keys in zip(*sides, strict=True):
+    if out.dtype != call.tensors["q"].dtype or (lse is not None and lse.dtype != torch.float32):
+        wrong.append(f"returned {out.dtype}, {lse if lse is None else lse.dtype}")
+    out = _swapped(out, call)
+    if lse is not None and call.packed:
+        lse = lse[None]
+    of_none = torch.ones(out.shape[2], dtype=torch.bool)
+    for rows, right in expected:
         of_none[rows] = False
-        one = (t[:, :, part] for t, part in ((out, rows), (q, rows), (k, keys), (v, keys)))
-        wrong.append(check(*one, lse=None if lse is None else lse[None, :, rows], **_judged(call)).failures)
-    if was_nan and not out[:, :, of_none.to(out.device)].isnan().all():
+        wrong.append(right.check(out[:, :, rows], None if lse is None else lse[:, :, rows]).failures)
+    if call.options["out"] and not out[:, :, of_none].isnan().all():
         wrong.append("written to rows of no sequence")
     return wrong
 
 
-def _ranges(bounds: list[int], total: int, longest: int) -> list[slice]:
-    """The rows of each packed sequence, clamped as attention_varlen says."""
-    within = [min(max(at, 0), total) for at in bounds]
+def _sequences(call: Call, name: str) -> list[slice]:
+    """The rows of each packed sequence, of q or k, clamped as attention_varlen says."""
+    total, longest = len(call.tensors[name]), call.options[f"max_seqlen_{name}"]
+    within = [min(max(at, 0), total) for at in call.tensors[f"cu_seqlens_{name}"].tolist()]
     return [slice(a, max(a, min(b, a + longest))) for a, b in zip(within, within[1:], strict=False)]
 
 

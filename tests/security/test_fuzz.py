@@ -93,3 +93,11 @@ def test_a_failure_is_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     found = fuzz.shrink(failure, "cpu", problems.LONGEST, time.monotonic() + 60)
     assert found["longest"] == 16
     assert found["repro"] == "flashcore audit fuzz --only 77 --backend portable --longest 16"
+
+
+def test_a_worker_keeps_its_memory_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in fuzz.MALLOC:
+        monkeypatch.delenv(name, raising=False)
+    assert fuzz.MALLOC.items() <= fuzz._environment("cuda").items()
+    monkeypatch.setenv(next(iter(fuzz.MALLOC)), "7")
+    assert fuzz._environment("cuda")[next(iter(fuzz.MALLOC))] == "7"

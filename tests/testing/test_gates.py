@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flashcore.reference import attention, oracle
 from flashcore.testing import FAMILIES, Shape, Verdict, check, make, require
+from flashcore.testing.gates import expect
 
 FINITE = [name for name in FAMILIES if not name.startswith(("nan_", "inf_"))]
 HALF = [torch.float16, torch.bfloat16]
@@ -267,6 +268,29 @@ def test_zero_times_nan_is_excused_for_keys_of_the_sequence_alone() -> None:
 
 
 # -- the rest ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_expected_serves_any_number_of_results(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each verdict is the one that `check` gives, to the last bit: what came before has no part in it."""
+    q, k, v = make(family, Shape(2, 4, 24, 16, heads_kv=2, seqlen_k=30), torch.float16, seed=3)
+    right, lse = (t.to(dtype) for t, dtype in zip(
+        attention(q, k, v, is_causal=True, return_lse=True), (torch.float16, torch.float32), strict=True
+    ))  # fmt: skip
+    spoilt, unwritten = right.clone(), right.clone()
+    spoilt[:, 1] *= 1.01
+    unwritten[1, 2:, 20] = math.nan
+    results = [(right, lse), (spoilt, lse), (right, 1.001 * lse + 0.01), (right, None), (unwritten, lse), (right, lse)]
+    for limit in (oracle.BLOCK_SCORES, 2000):
+        monkeypatch.setattr(oracle, "BLOCK_SCORES", limit)
+        wanted = expect(q, k, v, torch.float16, is_causal=True)
+        verdicts = [wanted.check(*result) for result in results]
+        assert verdicts == [check(out, q, k, v, lse=lse, is_causal=True) for out, lse in results]
+        assert [verdict.passed for verdict in verdicts] == [True, False, False, True, False, True]
+    with pytest.raises(ValueError, match="out: expected"):
+        wanted.check(right[:1])
+    with pytest.raises(ValueError, match="lse: expected"):
+        wanted.check(right, lse[:1])
 
 
 def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from flashcore.reference import attention
 from flashcore.testing import FAMILIES, LAYOUTS, Guarded, Inputs, Shape, lay_out, make, poison_padding
+from flashcore.testing.inputs import fetch, intact, place
 
 SHAPES = [Shape(1, 1, 1, 8), Shape(2, 4, 33, 16, heads_kv=2, seqlen_k=50), Shape(1, 6, 40, 64, heads_kv=1, seqlen_k=7)]
 ODD = [Shape(0, 2, 4, 8), Shape(2, 2, 0, 8, seqlen_k=3), Shape(2, 2, 3, 8, seqlen_k=0), Shape(1, 2, 3, 8, head_dim_v=4)]
@@ -123,3 +124,43 @@ def test_guards_notice_every_write_beside_the_output(layout: str, dtype: torch.d
             assert not guarded.intact()
             memory[at] = before
     assert guarded.intact()
+
+
+def around(t: torch.Tensor) -> torch.Tensor:
+    """All of the memory that a tensor is a view of."""
+    return torch.as_strided(t, (t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
+
+
+def test_a_copy_of_a_guarded_output_tells_what_was_written_beside_it() -> None:
+    out = Guarded((2, 3, 4, 8), torch.float16, layout="padded").out
+    copy = around(out).clone().as_strided(out.shape, out.stride(), out.storage_offset())
+    assert intact(copy)
+    around(copy)[out.storage_offset() + 8] = 0.0  # between two rows
+    assert not intact(copy) and intact(out)
+
+
+def test_what_is_on_the_cpu_stays_as_it_is() -> None:
+    t = torch.zeros(3)
+    assert place(t, "cpu") is t and fetch(t, t) == [t, t]
+
+
+@pytest.mark.gpu
+def test_there_and_back() -> None:
+    """Each with its strides and the memory around it, also where it is changed on the GPU just before."""
+    tensors = [lay_out(make("nan_v", Shape(2, 3, 300, 64)).v, layout) for layout in LAYOUTS]
+    tensors += [torch.zeros(0, 3), torch.tensor([True, False]), torch.arange(3, dtype=torch.int32)]
+    there = [place(t, "cuda") for t in tensors]
+    for want, sent, got in zip(tensors, there, fetch(*there), strict=True):
+        assert sent.is_cuda and sent.data_ptr() % 16 == want.data_ptr() % 16
+        assert got.stride() == sent.stride() == want.stride() and got.storage_offset() == want.storage_offset()
+        assert torch.equal(around(got).nan_to_num(7.0), around(want).nan_to_num(7.0))
+    for n in range(20):
+        x = torch.zeros(1 << 20, device="cuda")
+        for _ in range(n):
+            x += 1.0
+        (last,) = fetch(x)
+        assert (last == n).all()
+    guarded = Guarded((2, 3, 4, 8), torch.float16, "cuda")
+    assert intact(*fetch(guarded.out))
+    around(guarded.out)[-1] = 0.0
+    assert not intact(*fetch(guarded.out)) and not guarded.intact()
