@@ -97,15 +97,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     Returns:
         out [B, Hq, S, D] in q's dtype, lse [B, Hq, S], and what `backward` needs.
     """
-    ring = call.ring
+    ring, last = call.ring, call.ring.size - 1
     here = [k.contiguous(), v.contiguous()]
     kept_k, kept_v = here
     buffers = _Buffers(call, kept_k, kept_v, k.dtype)
-    out = lse = None
+    out = sums = lse = None
     for step in range(ring.size):
         source = (ring.rank - step) % ring.size
         works, coming = [], here
-        if step + 1 < ring.size:
+        if step < last:
             coming = buffers.of(step, (source - 1) % ring.size)
             works = ring.pass_on(here, coming)
         rows, keys, is_causal = _part(call, source)
@@ -113,14 +113,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
             q[:, :, rows], here[0][:, :, keys], here[1][:, :, keys], is_causal=is_causal, scale=call.scale,
             return_lse=True, backend=call.backend,
         )  # fmt: skip
-        if out is None or lse is None:
-            out, lse = part if ring.size == 1 else part.to(partial.precision_of(part.dtype)), part_lse
+        if out is None or sums is None or lse is None:
+            out, lse = part, part_lse
+            # Between two joins nothing is rounded to 16 bits; two ranks join once, from the output into the output.
+            sums = out if last < 2 else torch.empty_like(out, dtype=partial.precision_of(out.dtype))
         else:
-            partial.merge_(out[:, :, rows], lse[:, :, rows], part, part_lse)
+            before, after = out if step == 1 else sums, out if step == last else sums
+            partial.merge_(before[:, :, rows], lse[:, :, rows], part, part_lse, into=after[:, :, rows])
         _wait(works)
         here = coming
-    assert out is not None and lse is not None
-    out = out.to(q.dtype)
+    assert out is not None and sums is not None and lse is not None
+    if last > 1 and ring.rank and rows.start:  # rows that the last step left alone
+        out[:, :, : rows.start] = sums[:, :, : rows.start]
     return out, lse, (q, kept_k, kept_v, out, lse)
 
 
