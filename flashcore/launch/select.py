@@ -296,8 +296,13 @@ def _listed(row: lookup.Row, target: Target) -> tuple[Config, ...] | None:
     return None if reasons(row.kernel, p, target) else _CONFIGS[row.kernel](p, target)
 
 
+_MANY_KEYS = 1024  # from which on blocks that stay for several items were seen to cost
+
+
 def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
-    """The Hopper kernel's first configuration where it serves, as blocks that stay for up to four items each.
+    """The Hopper kernel's first configuration where it serves; where keys are few, as blocks that stay for up to four
+    items each. That saves a block's start and end, which are nothing beside many keys: then the next tile had better go
+    to whichever SM is done first.
 
     128 rows for head dimensions between 64 and 96, where there is a block for every SM: rows of K and V then lie across
     the L2's lines, and TMA's requests bind, which 128 rows halve. Else 64.
@@ -315,7 +320,7 @@ def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
 
     ours = [c for c in configs if c.kernel == "hopper"]
     if ours:
-        stays = "persistent" if 1 < blocks(64) / (4 * target.sms) <= 4 and p.seqlen_k > 128 else ""
+        stays = "persistent" if 1 < blocks(64) / (4 * target.sms) <= 4 and 128 < p.seqlen_k < _MANY_KEYS else ""
         wide = 64 < max(p.head_dim, p.head_dim_v) <= 96 and blocks(128) >= target.sms
         ours = [c for c in ours if (c.block_m == 128) == wide] or ours
         return next((c for c in ours if c.schedule == stays), ours[0])
