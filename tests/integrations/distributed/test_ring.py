@@ -26,11 +26,20 @@ class ThreadRing(ring.Ring):
 
     def pass_on(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> list[torch.distributed.Work]:
         assert all(t.is_contiguous() for t in (*send, *receive))
-        self.queues[(self.rank + 1) % self.size].put([t.clone() for t in send])
+        copies = [t.clone() for t in send]
+        self._finish(copies)
+        self.queues[(self.rank + 1) % self.size].put(copies)
         for into, arrived in zip(receive, self.queues[self.rank].get(timeout=LIMIT_S), strict=True):
             assert into.shape == arrived.shape and into.dtype == arrived.dtype
             into.copy_(arrived)
+        self._finish(receive)
         return []
+
+    @staticmethod
+    def _finish(tensors: Sequence[Tensor]) -> None:
+        """Whoever reads them next may do so on another stream."""
+        if tensors[0].is_cuda:
+            torch.cuda.current_stream().synchronize()
 
 
 def around(ranks: int, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, is_causal: bool) -> list[Tensor]:
