@@ -5,7 +5,8 @@ the next ones on their way here: NCCL moves them on a stream of its own, from on
 
 A GPU hands out its SMs in the order of launches: the blocks of a kernel sit down where those of the one before run out.
 So the first transfer, the longest to launch, comes behind one chunk of a rank's own rows, so that the GPU does not wait
-for the host, and before the other chunk, so that NCCL does not wait for the whole of the computation.
+for the host, and before the other chunk, so that NCCL does not wait for the whole of the computation. And the last
+step, in front of which no transfer has to find room, does not wait for the end of the one before.
 
 In the backward pass the gradients of keys and values follow one step behind the keys they belong to, in fp32, and come
 home in the last step.
@@ -65,12 +66,14 @@ class _Buffers:
     def __init__(self, call: Call, k: Tensor, v: Tensor, dtype: torch.dtype) -> None:
         self._call = call
         self._like = k, v
-        most = call.rows.most
-        self._flat = [[t.new_empty(t[:, :, :1].numel() * most, dtype=dtype) for t in (k, v)] for _ in range(2)]
+        self._dtype = dtype
+        self._flat: dict[int, list[Tensor]] = {}  # two ranks need one pair for keys and values
 
     def of(self, turn: int, rank: int) -> list[Tensor]:
         """[B, H, S, D] for the rows of `rank`, contiguous; even and odd turns do not share memory."""
-        rows = self._call.rows.of(rank)
+        rows, most = self._call.rows.of(rank), self._call.rows.most
+        if turn % 2 not in self._flat:
+            self._flat[turn % 2] = [t.new_empty(t[:, :, :1].numel() * most, dtype=self._dtype) for t in self._like]
         shapes = [(t.shape[0], t.shape[1], rows, t.shape[3]) for t in self._like]
         pairs = zip(self._flat[turn % 2], shapes, strict=True)
         return [flat[: shape[0] * shape[1] * rows * shape[3]].view(shape) for flat, shape in pairs]
@@ -88,11 +91,16 @@ class _Beside:
         self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
         if device.type == "cuda":
             self._streams = torch.cuda.current_stream(device), _second_stream(device)
-            self._streams[1].wait_stream(self._streams[0])
+        self.follow()
 
     def here(self) -> AbstractContextManager[object]:
         """What is launched in it goes beside."""
         return torch.cuda.stream(self._streams[1]) if self._streams else nullcontext()
+
+    def follow(self) -> None:
+        """Let what goes beside from now on wait for the current stream as it is."""
+        if self._streams:
+            self._streams[1].wait_stream(self._streams[0])
 
     def join(self) -> None:
         """Let the current stream wait for what went beside."""
@@ -132,6 +140,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     here = coming = [k.contiguous(), v.contiguous()]
     kept_k, kept_v = here
     buffers = _Buffers(call, kept_k, kept_v, k.dtype)
+    if last:
+        coming = buffers.of(0, (ring.rank - 1) % ring.size)
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     beside = _Beside(q.device)
     works: list[dist.Work] = []
@@ -149,25 +159,27 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
         keys = slice(rows.stop if call.is_causal else None)  # of this rank's own, those up to the last row
         lses.append(attend(rows, keys, call.is_causal, out[:, :, rows])[1])
         if rows.stop:
-            coming = buffers.of(0, (ring.rank - 1) % ring.size)
             with beside.here():
                 works = ring.pass_on(here, coming)
     lse = torch.cat(lses, 2)
-    beside.join()
 
     # Between two joins nothing is rounded to 16 bits; two ranks join once, from the output into the output.
     sums = out if last < 2 else torch.empty_like(out, dtype=partial.precision_of(out.dtype))
     for step in range(1, ring.size):
-        _wait(works)
-        here = coming
         source = (ring.rank - step) % ring.size
-        if step < last:
-            coming = buffers.of(step, (source - 1) % ring.size)
-            works = ring.pass_on(here, coming)
         rows, keys, is_causal = _part(call, source)
-        part, part_lse = attend(rows, keys, is_causal)
-        before, after = out if step == 1 else sums, out if step == last else sums
-        partial.merge_(before[:, :, rows], lse[:, :, rows], part, part_lse, into=after[:, :, rows])
+        with beside.here() if step == last else nullcontext():
+            _wait(works)
+            here = coming
+            if step < last:
+                coming = buffers.of(step, (source - 1) % ring.size)
+                works = ring.pass_on(here, coming)
+            part, part_lse = attend(rows, keys, is_causal)
+            if step == last:
+                beside.follow()
+            before, after = out if step == 1 else sums, out if step == last else sums
+            partial.merge_(before[:, :, rows], lse[:, :, rows], part, part_lse, into=after[:, :, rows])
+    beside.join()
     if last > 1 and ring.rank and rows.start:  # rows that the last step left alone
         out[:, :, : rows.start] = sums[:, :, : rows.start]
     return out, lse, (q, kept_k, kept_v, out, lse)
