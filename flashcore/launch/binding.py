@@ -16,15 +16,15 @@ from flashcore.core.problem import Problem
 
 LOG2E = 1.4426950408889634
 
-# What a kernel may be given the address of, in the order in which the launcher keeps addresses.
+# What an attention kernel may be given the address of, in the order in which the launcher keeps addresses.
 TENSORS = ("q", "k", "v", "o", "lse", "mask", "seqused_k", "cu_seqlens_q", "cu_seqlens_k")
 
 
 @dataclass(frozen=True, slots=True)
 class Pointer:
-    """A tensor passed by address: of TENSORS"""
+    """A tensor passed by address."""
 
-    tensor: str  # one of TENSORS
+    tensor: str  # an attention kernel's is one of TENSORS
     type: str  # Triton's type: "*fp16", "*bf16", "*fp32", "*i32", "*u8" (bool)
     aligned: bool  # the address is a multiple of 16 bytes
 

@@ -129,7 +129,7 @@ def _specialized(p: Problem, config: Config, scale: float, target: Target) -> Bi
     args |= {"longest_q": Scalar("i32", p.seqlen_q), "longest_k": Scalar("i32", p.seqlen_k)}
     args |= _divisors(row_tiles=row_tiles, heads=p.heads_q)
     args["items"] = Scalar("i32", items)
-    constexprs = {} if p.return_lse else {"lse": None}
+    constexprs: dict[str, Any] = {} if p.return_lse else {"lse": None}
     constexprs |= {
         "GROUP": p.group, "CAUSAL": p.is_causal, "EVEN_N": p.seqlen_k % config.block_n == 0, "NEGATE": scale < 0,
         "GROUPS": config.num_warps // 4, "STAGES": config.num_stages, "REGISTERS": config.maxnreg,
@@ -142,7 +142,7 @@ def _specialized(p: Problem, config: Config, scale: float, target: Target) -> Bi
 
 def _divisors(**sizes: int) -> dict[str, Scalar]:
     """Sizes, and what the kernels' `divide` divides by them with."""
-    found = {}
+    found: dict[str, Scalar] = {}
     for name, size in sizes.items():
         found |= {name: Scalar("i32", size), f"per_{name}": Scalar("i64", -(-(2**32) // max(size, 1)))}
     return found

@@ -313,9 +313,13 @@ def _listed(row: lookup.Row, target: Target) -> tuple[Config, ...] | None:
     return None if reasons(row.kernel, p, target) else _CONFIGS[row.kernel](p, target)
 
 
+_MANY_KEYS = 1024  # from which on blocks that stay for several items were seen to cost
+
+
 def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
-    """The Hopper kernel's first configuration where it serves, as blocks that stay for up to four items each; blocks of
-    warpgroups that share K and V for 2,048 keys or more, where they fill the GPU.
+    """The Hopper kernel's first configuration where it serves; where keys are few, as blocks that stay for up to four
+    items each. That saves a block's start and end, which are nothing beside many keys: then the next tile had better go
+    to whichever SM is done first. For twice as many, blocks of warpgroups that share K and V, where they fill the GPU.
 
     128 rows for head dimensions between 64 and 96, where there is a block for every SM: rows of K and V then lie across
     the L2's lines, and TMA's requests bind, which 128 rows halve. Else 64.
@@ -333,8 +337,8 @@ def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
 
     ours = [c for c in configs if c.kernel == "hopper"]
     if ours:
-        stays = "persistent" if 1 < blocks(64) / (4 * target.sms) <= 4 and p.seqlen_k > 128 else ""
-        shared = p.seqlen_k >= 2048 and blocks(128) >= target.sms
+        stays = "persistent" if 1 < blocks(64) / (4 * target.sms) <= 4 and 128 < p.seqlen_k < _MANY_KEYS else ""
+        shared = p.seqlen_k >= 2 * _MANY_KEYS and blocks(128) >= target.sms
         ours = [c for c in ours if (c.schedule == "specialized") == shared] or ours
         wide = 64 < max(p.head_dim, p.head_dim_v) <= 96 and blocks(128) >= target.sms
         ours = [c for c in ours if (c.block_m == 128) == wide] or ours

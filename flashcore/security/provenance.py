@@ -52,7 +52,7 @@ class Parameters:
 
     lengths: tuple[range, ...]  # pointers to public values
     numbers: tuple[range, ...]
-    duties: int | None = None  # where in shared memory warps read what they are to do, less their own number; None = none
+    duties: int | None = None  # where in shared memory warps read what they are to do, less their own number
 
 
 def parameters(binding: Binding, compiled: Compiled) -> Parameters:

@@ -274,10 +274,10 @@ def _successors(instructions: list[Instruction], labels: dict[str, int]) -> list
 
 def _written(opcode: str, operands: list[str]) -> int:
     """How many of the operands, from the first on, are results."""
-    if opcode in STORES or opcode in BRANCHES - {"BSSY"} or opcode in BARRIERS - {"SYNCS", "USETMAXREG"} or opcode in ("STL", "NOP"):
-        return 0
     if opcode == "USETMAXREG":  # asking for more says whether they are there
         return len(operands) - 1
+    if opcode in STORES or opcode in BRANCHES - {"BSSY"} or opcode in BARRIERS - {"SYNCS"} or opcode in ("STL", "NOP"):
+        return 0
     if opcode in _SET_PREDICATES or opcode in ("SHFL", "ELECT"):
         return 2
     if opcode in ("LOP3", "ULOP3") and _PLAIN_PREDICATE.match(operands[0]):

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.skipif(
 HERE = Path(__file__).parent
 TRIALS = ("plain", "large logits", "many keys", "wide", "negative scale", "causal", "blind", "window", "soft cap",
           "bias", "mask", "lengths", "packed", "packed, short", "persistent", "narrow tile",
-          "narrow tile, persistent", "columns", "shared", "shared, many", "shared, negative", "shared, causal", "strides")  # fmt: skip
+          "narrow tile, persistent", "columns", "shared", "shared, many", "shared, negative",
+          "shared, causal", "strides")  # fmt: skip
 on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )

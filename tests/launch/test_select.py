@@ -74,6 +74,13 @@ def test_a_rule_serves_where_nothing_was_measured(target: Target, rows: list[loo
     assert tile(32, 512, 256)[1] == 32
 
 
+def test_blocks_stay_for_several_items_only_where_keys_are_few(rows: list[lookup.Row]) -> None:
+    for asked in (problem(16, 512), problem(16, 960)):
+        assert select(asked, H200).schedule == "persistent"
+    for asked in (problem(8, 128), problem(8, 1024), problem(1, 16_384), problem(1, 16_384, is_causal=True)):
+        assert select(asked, H200).schedule == ""
+
+
 def test_a_measured_row_decides(rows: list[lookup.Row]) -> None:
     asked = problem()
     winner = Config("portable", 64, 128, 4, 3)

@@ -6,7 +6,6 @@ outputs go back the same way. Two exchanges whose size falls with the number of 
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -56,14 +55,18 @@ def _to_rows(tensors: list[Tensor], call: Call) -> list[Tensor]:
     """[B, H / ranks, all rows, x] in the sequence's order -> [B, H, own rows, x]."""
     ranks, rank = call.ring.size, call.ring.rank
     started = []
+    lengths = [call.rows.of(r) for r in range(ranks)]
     for tensor in tensors:
-        pieces = [call.rows.take(tensor, r, 2).flatten() for r in range(ranks)]
         batch, heads, _, dim = tensor.shape
-        received = tensor.new_empty(ranks, batch, heads, call.rows.of(rank), dim)
+        row = batch * heads * dim  # elements
+        send = tensor.new_empty(tensor.numel())
+        sizes = [row * length for length in lengths]
+        for r, piece in enumerate(send.split(sizes)):
+            call.rows.take(tensor, r, 2, out=piece.view(batch, heads, lengths[r], dim))
+        received = tensor.new_empty(ranks, batch, heads, lengths[rank], dim)
         work = dist.all_to_all_single(
-            received.view(-1), send := torch.cat(pieces), [received[0].numel()] * ranks, [p.numel() for p in pieces],
-            group=call.ring.group, async_op=True,
-        )  # fmt: skip
+            received.view(-1), send, [received[0].numel()] * ranks, sizes, group=call.ring.group, async_op=True
+        )
         started.append((work, send, received))
     found = []
     for work, _, received in started:

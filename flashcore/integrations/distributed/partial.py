@@ -19,18 +19,26 @@ def precision_of(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Join attention over more keys into `out` and `lse`, in place.
+def merge_(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor, into: Tensor | None = None) -> None:
+    """Join attention over more keys with `out` and `lse`, in place; computed in fp32, or fp64 for fp64.
 
     Args:
-        out: [B, H, S, D] fp32 or fp64, attention over the keys so far.
+        out: [B, H, S, D] in any dtype, attention over the keys so far.
         lse: [B, H, S], its log-sum-exp; -inf where a row has seen nothing, whose output is 0.
         part: [B, H, S, D] in any dtype, attention of the same rows over other keys.
         part_lse: [B, H, S], its log-sum-exp.
+        into: [B, H, S, D] in any dtype, written instead of `out`.
     """
+    into = out if into is None else into
+    if out.is_cuda:
+        from flashcore.launch import merge  # brings Triton with it
+
+        if merge.serves(out, lse, part, part_lse, into):
+            merge.merge_(out, lse, part, part_lse, into)
+            return
     behind = (part_lse - lse).masked_fill_(part_lse == -torch.inf, -torch.inf)  # -inf - -inf: nothing to join
-    weight = behind.sigmoid().to(out.dtype).unsqueeze_(-1)
-    out.mul_(behind.neg_().sigmoid_().to(out.dtype).unsqueeze_(-1)).addcmul_(part, weight)
+    weight = behind.sigmoid().unsqueeze_(-1)
+    into.copy_((out * behind.neg_().sigmoid_().unsqueeze_(-1)).addcmul_(part, weight))
     torch.logaddexp(lse, part_lse, out=lse)
 
 

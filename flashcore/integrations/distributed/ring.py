@@ -1,15 +1,23 @@
 """Ring attention (Liu et al. 2023): each rank keeps its rows, and keys and values travel from rank to rank.
 
 Step s of rank r works on the keys of rank r - s. While it computes, they are already on their way to rank r + 1 and
-the next ones on their way here: NCCL moves them on a stream of its own, from one of two buffers into the other. In the
-backward pass the gradients of keys and values follow one step behind the keys they belong to, in fp32, and come home
-in the last step.
+the next ones on their way here: NCCL moves them on a stream of its own, from one of two buffers into the other.
+
+A GPU hands out its SMs in the order of launches: the blocks of a kernel sit down where those of the one before run out.
+So the first transfer, the longest to launch, comes behind one chunk of a rank's own rows, so that the GPU does not wait
+for the host, and before the other chunk, so that NCCL does not wait for the whole of the computation. And the last
+step, in front of which no transfer has to find room, does not wait for the end of the one before.
+
+In the backward pass the gradients of keys and values follow one step behind the keys they belong to, in fp32, and come
+home in the last step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -58,15 +66,46 @@ class _Buffers:
     def __init__(self, call: Call, k: Tensor, v: Tensor, dtype: torch.dtype) -> None:
         self._call = call
         self._like = k, v
-        most = call.rows.most
-        self._flat = [[t.new_empty(t[:, :, :1].numel() * most, dtype=dtype) for t in (k, v)] for _ in range(2)]
+        self._dtype = dtype
+        self._flat: dict[int, list[Tensor]] = {}  # two ranks need one pair for keys and values
 
     def of(self, turn: int, rank: int) -> list[Tensor]:
         """[B, H, S, D] for the rows of `rank`, contiguous; even and odd turns do not share memory."""
-        rows = self._call.rows.of(rank)
+        rows, most = self._call.rows.of(rank), self._call.rows.most
+        if turn % 2 not in self._flat:
+            self._flat[turn % 2] = [t.new_empty(t[:, :, :1].numel() * most, dtype=self._dtype) for t in self._like]
         shapes = [(t.shape[0], t.shape[1], rows, t.shape[3]) for t in self._like]
         pairs = zip(self._flat[turn % 2], shapes, strict=True)
         return [flat[: shape[0] * shape[1] * rows * shape[3]].view(shape) for flat, shape in pairs]
+
+
+@cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+class _Beside:
+    """Another stream of the GPU, which has come as far as the current one; CPUs do everything in turn."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+        if device.type == "cuda":
+            self._streams = torch.cuda.current_stream(device), _second_stream(device)
+        self.follow()
+
+    def here(self) -> AbstractContextManager[object]:
+        """What is launched in it goes beside."""
+        return torch.cuda.stream(self._streams[1]) if self._streams else nullcontext()
+
+    def follow(self) -> None:
+        """Let what goes beside from now on wait for the current stream as it is."""
+        if self._streams:
+            self._streams[1].wait_stream(self._streams[0])
+
+    def join(self) -> None:
+        """Let the current stream wait for what went beside."""
+        if self._streams:
+            self._streams[0].wait_stream(self._streams[1])
 
 
 def _wait(works: Sequence[dist.Work]) -> None:
@@ -97,30 +136,52 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     Returns:
         out [B, Hq, S, D] in q's dtype, lse [B, Hq, S], and what `backward` needs.
     """
-    ring = call.ring
-    here = [k.contiguous(), v.contiguous()]
+    ring, last = call.ring, call.ring.size - 1
+    here = coming = [k.contiguous(), v.contiguous()]
     kept_k, kept_v = here
     buffers = _Buffers(call, kept_k, kept_v, k.dtype)
-    out = lse = None
-    for step in range(ring.size):
-        source = (ring.rank - step) % ring.size
-        works, coming = [], here
-        if step + 1 < ring.size:
-            coming = buffers.of(step, (source - 1) % ring.size)
-            works = ring.pass_on(here, coming)
-        rows, keys, is_causal = _part(call, source)
-        part, part_lse = attention(
+    if last:
+        coming = buffers.of(0, (ring.rank - 1) % ring.size)
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    beside = _Beside(q.device)
+    works: list[dist.Work] = []
+
+    def attend(rows: slice, keys: slice, is_causal: bool, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        part, lse = attention(
             q[:, :, rows], here[0][:, :, keys], here[1][:, :, keys], is_causal=is_causal, scale=call.scale,
-            return_lse=True, backend=call.backend,
+            return_lse=True, backend=call.backend, out=out,
         )  # fmt: skip
-        if out is None or lse is None:
-            out, lse = part if ring.size == 1 else part.to(partial.precision_of(part.dtype)), part_lse
-        else:
-            partial.merge_(out[:, :, rows], lse[:, :, rows], part, part_lse)
-        _wait(works)
-        here = coming
-    assert out is not None and lse is not None
-    out = out.to(q.dtype)
+        return part, lse
+
+    near, _ = call.rows.halves(ring.rank)
+    lses = []
+    for rows in (slice(near), slice(near, None)) if last else (slice(None),):
+        keys = slice(rows.stop if call.is_causal else None)  # of this rank's own, those up to the last row
+        lses.append(attend(rows, keys, call.is_causal, out[:, :, rows])[1])
+        if rows.stop:
+            with beside.here():
+                works = ring.pass_on(here, coming)
+    lse = torch.cat(lses, 2)
+
+    # Between two joins nothing is rounded to 16 bits; two ranks join once, from the output into the output.
+    sums = out if last < 2 else torch.empty_like(out, dtype=partial.precision_of(out.dtype))
+    for step in range(1, ring.size):
+        source = (ring.rank - step) % ring.size
+        rows, keys, is_causal = _part(call, source)
+        with beside.here() if step == last else nullcontext():
+            _wait(works)
+            here = coming
+            if step < last:
+                coming = buffers.of(step, (source - 1) % ring.size)
+                works = ring.pass_on(here, coming)
+            part, part_lse = attend(rows, keys, is_causal)
+            if step == last:
+                beside.follow()
+            before, after = out if step == 1 else sums, out if step == last else sums
+            partial.merge_(before[:, :, rows], lse[:, :, rows], part, part_lse, into=after[:, :, rows])
+    beside.join()
+    if last > 1 and ring.rank and rows.start:  # rows that the last step left alone
+        out[:, :, : rows.start] = sums[:, :, : rows.start]
     return out, lse, (q, kept_k, kept_v, out, lse)
 
 

@@ -40,10 +40,10 @@ class Rows(NamedTuple):
         """Rows of the rank that holds the most."""
         return max(self.of(rank) for rank in range(self.ranks))
 
-    def take(self, whole: Tensor, rank: int, dim: int) -> Tensor:
-        """A rank's rows of a tensor that has all of them, in memory of their own."""
+    def take(self, whole: Tensor, rank: int, dim: int, out: Tensor | None = None) -> Tensor:
+        """A rank's rows of a tensor that has all of them, in memory of their own or in `out`."""
         chunks = whole.split([self.chunk(i) for i in range(2 * self.ranks)], dim)
-        return torch.cat([chunks[rank], chunks[2 * self.ranks - 1 - rank]], dim)
+        return torch.cat([chunks[rank], chunks[2 * self.ranks - 1 - rank]], dim, out=out)
 
     def join(self, parts: list[Tensor], dim: int) -> Tensor:
         """All rows in the sequence's order, from what the ranks hold; part r has at least rank r's rows."""

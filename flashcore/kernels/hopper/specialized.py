@@ -1,4 +1,4 @@
-"""Attention forward on sm_90 for long sequences at large head dimensions: warpgroups that share K and V, and a producer.
+"""Attention forward on sm_90 for long sequences at large head dimensions: warpgroups that share K and V.
 
 At D=128 the tile of one warpgroup takes the tensor cores 1,024 cycles and its softmax about as long, so that few
 warpgroups fill an SM; what small blocks lose there is what each of them reads for itself. Here one warp loads Q, K and

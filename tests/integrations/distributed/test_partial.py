@@ -30,6 +30,60 @@ def test_merge_is_attention_of_all_keys(dtype: torch.dtype) -> None:
     assert (lse - want_lse).abs().max() < max(tolerance / 100, 1e-6 if dtype != torch.float64 else 1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_merge_rounds_once(dtype: torch.dtype) -> None:
+    """Results in 16 bits are joined in fp32 and rounded at the end, in place or into another tensor."""
+    out, lse, part, part_lse = results(dtype)
+    exact, exact_lse = out.double(), lse.double()
+    partial.merge_(exact, exact_lse, part.double(), part_lse.double())
+    sums, sums_lse = torch.empty_like(out, dtype=torch.float32), lse.clone()
+    partial.merge_(out, sums_lse, part, part_lse, into=sums)
+    assert (sums - exact).abs().max() < 1e-6
+    partial.merge_(out, lse, part, part_lse)
+    assert torch.equal(out, sums.to(dtype)) and torch.equal(lse, sums_lse)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=2e-6)
+
+
+def results(dtype: torch.dtype, rows: int = 37, dim: int = 16, device: str = "cpu") -> list[Tensor]:
+    """out, lse and as much over other keys; some rows saw nothing in one of them, or in both."""
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for blind in (slice(2, 6), slice(4, 8)):
+        lse = 5 * torch.randn(2, 3, rows, generator=generator)
+        out = torch.randn(2, 3, rows, dim, generator=generator)
+        lse[:, :, blind], out[:, :, blind] = -torch.inf, 0.0
+        found += [out.to(device, dtype), lse.to(device)]
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "dim"), [(1000, 64), (333, 72), (517, 128), (64, 12)])
+def test_the_kernel_merges_as_torch_does(
+    dtype: torch.dtype, rows: int, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flashcore.launch import merge
+
+    out, lse, part, part_lse = results(dtype, rows, dim, "cuda")
+    part_lse[0, 0, 9], lse[0, 1, 9], part[0, 0, 10, 0], out[0, 1, 10, 1] = torch.nan, torch.nan, torch.nan, torch.nan
+    for sums in (None, torch.float32, dtype):
+        for some in (slice(None), slice(7, rows - 3)):
+            found = []
+            for by_kernel in (True, False):
+                monkeypatch.setattr(merge, "serves", lambda *_, by_kernel=by_kernel: by_kernel)
+                into = out.clone() if sums is None else torch.full_like(out, 7.0, dtype=sums)
+                whole_lse = lse.clone()
+                before = into if sums is None else out
+                partial.merge_(
+                    before[:, :, some], whole_lse[:, :, some], part[:, :, some], part_lse[:, :, some],
+                    into=into[:, :, some],
+                )  # fmt: skip
+                found += [into, whole_lse]
+            tolerance = {"rtol": torch.finfo(into.dtype).eps, "atol": 2e-6, "equal_nan": True}
+            torch.testing.assert_close(found[0], found[2], **tolerance)
+            torch.testing.assert_close(found[1], found[3], rtol=1e-6, atol=2e-6, equal_nan=True)
+
+
 def test_merge_of_rows_that_saw_nothing() -> None:
     inf = torch.inf
     lse = torch.tensor([[[-inf, -inf, 1.0, 1.0, 1e4, -1e4]]])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from queue import Queue
+from typing import Any
 
 import pytest
 import torch
@@ -26,11 +28,20 @@ class ThreadRing(ring.Ring):
 
     def pass_on(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> list[torch.distributed.Work]:
         assert all(t.is_contiguous() for t in (*send, *receive))
-        self.queues[(self.rank + 1) % self.size].put([t.clone() for t in send])
+        copies = [t.clone() for t in send]
+        self._finish(copies)
+        self.queues[(self.rank + 1) % self.size].put(copies)
         for into, arrived in zip(receive, self.queues[self.rank].get(timeout=LIMIT_S), strict=True):
             assert into.shape == arrived.shape and into.dtype == arrived.dtype
             into.copy_(arrived)
+        self._finish(receive)
         return []
+
+    @staticmethod
+    def _finish(tensors: Sequence[Tensor]) -> None:
+        """Whoever reads them next may do so on another stream."""
+        if tensors[0].is_cuda:
+            torch.cuda.current_stream().synchronize()
 
 
 def around(ranks: int, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, is_causal: bool) -> list[Tensor]:
@@ -67,6 +78,52 @@ def test_any_number_of_ranks(ranks: int, seqlen: int, is_causal: bool) -> None:
     inputs = tensors(4, 2, seqlen, 8, torch.float64, "cpu")
     for got, want in zip(around(ranks, *inputs, is_causal), exact(*inputs, is_causal), strict=True):
         assert (got - want).abs().max() < 1e-12
+
+
+class MirrorRing(ring.Ring):
+    """The last of several ranks, which receives what it sends."""
+
+    def __init__(self, size: int) -> None:
+        self.rank, self.size = size - 1, size
+
+    def pass_on(self, send: Sequence[Tensor], receive: Sequence[Tensor]) -> list[torch.distributed.Work]:
+        for into, sent in zip(receive, send, strict=True):
+            into.copy_(sent)
+        return []
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_what_goes_beside(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the first chunk the transfer, and the last step, which waits for the rest before it joins its part."""
+    log: list[str] = []
+
+    def logged(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            log.append(name.strip("_"))
+            return function(*args, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    @contextmanager
+    def here(self: Any) -> Iterator[None]:
+        log.append("beside:")
+        yield
+        log.append("end")
+
+    for owner, names in ((MirrorRing, "pass_on"), (ring, "attention"), (ring.partial, "merge_"),
+                         (ring._Beside, "follow join")):  # fmt: skip
+        for name in names.split():
+            logged(owner, name)
+    monkeypatch.setattr(ring._Beside, "here", here)
+    q, k, v, _ = tensors(2, 2, 8, 8, torch.float64, "cpu")
+    ring.forward(q, k, v, ring.Call(MirrorRing(ranks), Rows(8 * ranks, ranks), True, 1.0))
+    middle = ["pass_on", "attention", "merge"] * (ranks - 2)
+    others = [*middle, "beside:", "attention", "follow", "merge", "end"]
+    first = ["follow", "attention"]
+    own = [*first, "beside:", "pass_on", "end", "attention"]
+    assert log == ([*own, *others] if ranks > 1 else first) + ["join"]
 
 
 @pytest.mark.gpu
