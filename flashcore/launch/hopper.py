@@ -115,7 +115,8 @@ def _specialized(p: Problem, config: Config, scale: float, target: Target) -> Bi
     block_d, block_dv = block_of(p.head_dim), block_of(p.head_dim_v)
     rows = config.block_m * 4 // config.num_warps  # of a warpgroup
     row_tiles = -(-p.seqlen_q // config.block_m)
-    items = row_tiles * p.heads_q * p.batch
+    tiles = -(-row_tiles // 2) if p.is_causal else row_tiles  # items of a head: causal, two row tiles are one
+    items = tiles * p.heads_q * p.batch
     queries, keys = (p.heads_q, p.seqlen_q), (p.heads_kv, p.seqlen_k)
     args: dict[str, Any] = {
         "q_desc": _plain(p, "q", (*queries, p.head_dim), p.stride_q, (rows, block_d)),
@@ -127,7 +128,8 @@ def _specialized(p: Problem, config: Config, scale: float, target: Target) -> Bi
         args["lse"] = Pointer("lse", "*fp32", True)
     args |= score_scalars(p, scale)
     args |= {"longest_q": Scalar("i32", p.seqlen_q), "longest_k": Scalar("i32", p.seqlen_k)}
-    args |= _divisors(row_tiles=row_tiles, heads=p.heads_q)
+    args["row_tiles"] = Scalar("i32", row_tiles)
+    args |= _divisors(tiles=tiles, heads=p.heads_q)
     args["items"] = Scalar("i32", items)
     constexprs: dict[str, Any] = {} if p.return_lse else {"lse": None}
     constexprs |= {

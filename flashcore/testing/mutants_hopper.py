@@ -134,8 +134,10 @@ _PLANTED = (
                  "values.fill(loads, v_desc, batch, head % (work.heads // work.GROUP)"),
     _specialized("values of the first tile", "head // work.GROUP, tile * work.BLOCK_N)\n            loads",
                  "head // work.GROUP, 0)\n            loads"),
-    _specialized("items left out on the way back", "self.step - 1 - self.first", "self.step - self.first",
+    _specialized("items of the block beside", "turn) * self.step + self.first", "turn) * self.step + self.first // 2",
                  "shared, many"),
+    _specialized("rows near the start left out", "self.row_tiles - 1 - near, near)",
+                 "self.row_tiles - 1 - near, self.row_tiles - 1 - near)", "shared, causal"),
     _specialized("batches mixed up", "batch = divide(pair, self.per_heads)",
                  "batch = divide(pair, self.per_heads) * 0"),
     _specialized("diagonal tile without its mask", "visible = gl.minimum(visible, row + shift + 1)",
@@ -148,8 +150,8 @@ _PLANTED = (
     _specialized("lse of every batch in the first", "(batch.to(gl.int64) * work.heads", "(batch.to(gl.int64) * 0"),
     _specialized("lse of the last row unwritten", "mask=rows < work.seqlen_q)", "mask=rows < work.seqlen_q - 1)"),
     _binding("specialized: keys beyond the end", '"EVEN_N": p.seqlen_k % config.block_n == 0, "NEG',
-             '"EVEN_N": True, "NEG', "shared, causal"),
-    _binding("specialized: last rows unwritten", "row_tiles = -(-p.seqlen_q // config.block_m)\n    items",
-             "row_tiles = p.seqlen_q // config.block_m\n    items", "shared"),
+             '"EVEN_N": True, "NEG', "shared, negative"),
+    _binding("specialized: last rows unwritten", "row_tiles = -(-p.seqlen_q // config.block_m)\n    tiles",
+             "row_tiles = p.seqlen_q // config.block_m\n    tiles", "shared"),
 )  # fmt: skip
 MUTANTS: dict[str, HopperMutant] = {mutant.name: mutant for mutant in _PLANTED}

@@ -84,7 +84,8 @@ class Work:
     step: gl.tensor
     items: gl.tensor
     row_tiles: gl.tensor
-    per_row_tiles: gl.tensor
+    tiles: gl.tensor
+    per_tiles: gl.tensor
     heads: gl.tensor
     per_heads: gl.tensor
     seqlen_q: gl.tensor
@@ -95,14 +96,15 @@ class Work:
 
     @gluon.constexpr_function
     def __init__(
-        self, first, step, items, row_tiles, per_row_tiles, heads, per_heads, seqlen_q, seqlen_k, GROUP, CAUSAL,
+        self, first, step, items, row_tiles, tiles, per_tiles, heads, per_heads, seqlen_q, seqlen_k, GROUP, CAUSAL,
         BLOCK_N,
     ):  # fmt: skip
         self.first = first
         self.step = step
         self.items = items
         self.row_tiles = row_tiles
-        self.per_row_tiles = per_row_tiles
+        self.tiles = tiles
+        self.per_tiles = per_tiles
         self.heads = heads
         self.per_heads = per_heads
         self.seqlen_q = seqlen_q
@@ -113,29 +115,33 @@ class Work:
 
     @gluon.jit
     def index(self, turn):
-        """The block's item number `turn`: to and fro, so that of items that get shorter no block has only long ones."""
-        return turn * self.step + gl.where((turn & 1) == 1, self.step - 1 - self.first, self.first)
+        """The block's item at `turn`. Causal, an item takes two turns."""
+        return (turn // 2 if self.CAUSAL else turn) * self.step + self.first
 
     @gluon.jit
-    def item(self, index):
-        """(row tile, head, batch). Rows of one head next to each other; causal, heads, and the longest rows first.
+    def item(self, turn):
+        """(row tile, head, batch). Batches are outermost: K and V of those at work at once have to fit into the L2.
 
-        Batches are outermost: K and V of those at work at the same time have to fit into the L2.
+        Causal, an item is a row tile and, in its second turn, the one that lies as far from the other end: together
+        they see as many keys as any other two, so that all blocks have as much to do. `tiles` counts such items; of an
+        odd number of row tiles the one in the middle is computed twice.
         """
+        index = self.index(turn)
         if self.CAUSAL:
             level = divide(index, self.per_heads)
             head = index - level * self.heads
-            batch = divide(level, self.per_row_tiles)
-            row_tile = self.row_tiles - 1 - (level - batch * self.row_tiles)
+            batch = divide(level, self.per_tiles)
+            near = level - batch * self.tiles
+            row_tile = gl.where((turn & 1) == 0, self.row_tiles - 1 - near, near)
         else:
-            pair = divide(index, self.per_row_tiles)
-            row_tile = index - pair * self.row_tiles
+            pair = divide(index, self.per_tiles)
+            row_tile = index - pair * self.tiles
             batch = divide(pair, self.per_heads)
             head = pair - batch * self.heads
         return row_tile, head, batch
 
     @gluon.jit
-    def tiles(self, end):
+    def keys(self, end):
         """Tiles of keys that the rows before `end` see; at least one."""
         seen = self.seqlen_k
         if self.CAUSAL:
@@ -147,18 +153,16 @@ class Work:
 def _produce(q_desc, k_desc, v_desc, queries, keys, values, work, ROWS: gl.constexpr, GROUPS: gl.constexpr):
     loads = 0
     turn = 0
-    index = work.index(turn)
-    while index < work.items:
-        row_tile, head, batch = work.item(index)
+    while work.index(turn) < work.items:
+        row_tile, head, batch = work.item(turn)
         row = row_tile * ROWS * GROUPS
         for i in gl.static_range(GROUPS):
             queries.fill(turn * GROUPS + i, q_desc, batch, head, row + i * ROWS)
-        for tile in range(work.tiles(row + ROWS * GROUPS)):
+        for tile in range(work.keys(row + ROWS * GROUPS)):
             keys.fill(loads, k_desc, batch, head // work.GROUP, tile * work.BLOCK_N)
             values.fill(loads, v_desc, batch, head // work.GROUP, tile * work.BLOCK_N)
             loads += 1
         turn += 1
-        index = work.index(turn)
 
 
 @gluon.jit
@@ -257,11 +261,10 @@ def _consume(
     o_tile = o_box.index(WHICH)
     loads = 0
     turn = 0
-    index = work.index(turn)
-    while index < work.items:
-        row_tile, head, batch = work.item(index)
+    while work.index(turn) < work.items:
+        row_tile, head, batch = work.item(turn)
         row = (row_tile * GROUPS + WHICH) * ROWS
-        tiles = work.tiles(row + ROWS)
+        tiles = work.keys(row + ROWS)
         acc = gl.zeros([ROWS, DV], gl.float32, O)
         m = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, S))
         l = gl.zeros([ROWS, 8], gl.float32, L)  # noqa: E741
@@ -278,7 +281,7 @@ def _consume(
             )
         queries.free(mine)
         loads += tiles
-        for _ in range(tiles, work.tiles((row_tile + 1) * GROUPS * ROWS)):  # those that only rows further down see
+        for _ in range(tiles, work.keys((row_tile + 1) * GROUPS * ROWS)):  # those that only rows further down see
             keys.wait(loads)
             keys.free(loads)
             values.wait(loads)
@@ -295,13 +298,12 @@ def _consume(
             base = (batch.to(gl.int64) * work.heads + head) * work.seqlen_q
             gl.store(lse + base + rows, m * LN2 + gl.log(total), mask=rows < work.seqlen_q)
         turn += 1
-        index = work.index(turn)
     tma.store_wait(0)
 
 
 @gluon.jit
 def attention_forward_specialized(
-    q_desc, k_desc, v_desc, o_desc, lse, qk_scale, longest_q, longest_k, row_tiles, per_row_tiles, heads, per_heads,
+    q_desc, k_desc, v_desc, o_desc, lse, qk_scale, longest_q, longest_k, row_tiles, tiles, per_tiles, heads, per_heads,
     items,
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr, GROUPS: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr,
@@ -309,8 +311,8 @@ def attention_forward_specialized(
     """softmax(q k^T) v as attention_forward has it, for problems without options of which every row sees some key.
 
     GROUPS: warpgroups that compute. STAGES: buffers each for K and V. REGISTERS: of a thread that computes; what the
-    producer leaves goes to the first warpgroup. The boxes of q_desc and o_desc are one warpgroup's rows; row_tiles and
-    items count a block's.
+    producer leaves goes to the first warpgroup. The boxes of q_desc and o_desc are one warpgroup's rows, row_tiles
+    count a block's; tiles: items of one head.
     """
     dtype: gl.constexpr = q_desc.dtype
     ROWS: gl.constexpr = q_desc.block_shape[2]
@@ -339,7 +341,7 @@ def attention_forward_specialized(
     values.prepare(GROUPS)
     fence_async_shared()
     work = Work(
-        gl.program_id(0), gl.num_programs(0), items, row_tiles, per_row_tiles, heads, per_heads, longest_q, longest_k,
+        gl.program_id(0), gl.num_programs(0), items, row_tiles, tiles, per_tiles, heads, per_heads, longest_q, longest_k,
         GROUP, CAUSAL, BLOCK_N,
     )  # fmt: skip
     gdc_wait()  # the set-up above overlaps with whatever ran before in the stream; it has now written its results
