@@ -178,18 +178,18 @@ def _hopper_options(problem: Problem) -> tuple[Config, ...]:
 
 
 def _specialized(problem: Problem) -> tuple[Config, ...]:
-    """Blocks of warpgroups that share K and V. Two of them, with 240 registers a thread; three, with 160, where those
-    are enough. At head dimensions up to 96 small blocks are faster.
+    """Blocks of warpgroups that share K and V: three, with 160 registers a thread, or two, with 240, where those are too
+    few. Between head dimensions of 64 and 96 rows of 128 bytes and more, in tiles of 128 columns, are work for nothing.
     """
-    p = problem
-    if max(p.head_dim, p.head_dim_v) <= 96 or p.seqlen_k <= 128 or not _counts(p, 128):
+    p, dim = problem, max(problem.head_dim, problem.head_dim_v)
+    if 64 < dim <= 96 or p.seqlen_k <= 128 or not _counts(p, 128):
         return ()
     if p.is_causal and p.seqlen_q > p.seqlen_k:
         return ()  # rows that see no key
-    two = Config("hopper", 128, 128, 8, 2, "specialized", 240)
-    if p.is_causal or p.return_lse or p.seqlen_k % two.block_n:
-        return (two,)
-    return Config("hopper", 192, 128, 12, 2, "specialized", 160), two
+    three, two = (Config("hopper", m, 128, m // 16, 2, "specialized", r) for m, r in ((192, 160), (128, 240)))
+    if dim <= 64:
+        return () if p.return_lse else (three, replace(three, num_stages=4))
+    return (two,) if p.is_causal or p.return_lse or p.seqlen_k % two.block_n else (three, two)
 
 
 def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
@@ -319,7 +319,8 @@ _MANY_KEYS = 1024  # from which on blocks that stay for several items were seen 
 def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
     """The Hopper kernel's first configuration where it serves; where keys are few, as blocks that stay for up to four
     items each. That saves a block's start and end, which are nothing beside many keys: then the next tile had better go
-    to whichever SM is done first. For twice as many, blocks of warpgroups that share K and V, where they fill the GPU.
+    to whichever SM is done first. For twice as many, blocks of warpgroups that share K and V, where they fill the GPU
+    at head dimensions above 96.
 
     128 rows for head dimensions between 64 and 96, where there is a block for every SM: rows of K and V then lie across
     the L2's lines, and TMA's requests bind, which 128 rows halve. Else 64.
@@ -338,7 +339,7 @@ def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
     ours = [c for c in configs if c.kernel == "hopper"]
     if ours:
         stays = "persistent" if 1 < blocks(64) / (4 * target.sms) <= 4 and 128 < p.seqlen_k < _MANY_KEYS else ""
-        shared = p.seqlen_k >= 2 * _MANY_KEYS and blocks(128) >= target.sms
+        shared = max(p.head_dim, p.head_dim_v) > 96 and p.seqlen_k >= 2 * _MANY_KEYS and blocks(128) >= target.sms
         ours = [c for c in ours if (c.schedule == "specialized") == shared] or ours
         wide = 64 < max(p.head_dim, p.head_dim_v) <= 96 and blocks(128) >= target.sms
         ours = [c for c in ours if (c.block_m == 128) == wide] or ours

@@ -278,6 +278,8 @@ SPECIALIZED = pytest.mark.parametrize(
         pytest.param(problem(2000, 128, is_causal=True, return_lse=True), TWO, id="two-causal-uneven-lse"),
         pytest.param(problem(2048, 128, dtype=torch.bfloat16, heads_kv=2, is_causal=True), TWO, id="two-bf16-gqa"),
         pytest.param(problem(2048, 104, head_dim_v=64), THREE, id="three-104-64"),
+        pytest.param(problem(2048), dataclasses.replace(THREE, num_stages=4), id="three-64"),
+        pytest.param(problem(2000, is_causal=True), THREE, id="three-64-causal-uneven"),
     ],
 )
 
@@ -300,15 +302,17 @@ def test_warpgroups_are_not_for(asked: Problem) -> None:
 
 
 def test_three_warpgroups_are_for_what_their_registers_hold() -> None:
-    for asked in (problem(2000, 128), problem(2048, 128, is_causal=True), problem(2048, 128, return_lse=True)):
-        assert [c for c in configs(asked) if c.schedule == "specialized"] == [TWO]
+    for change in ({"seqlen": 2000}, {"is_causal": True}, {"return_lse": True}):
+        for dim, few in ((128, {2}), (64, set() if "return_lse" in change else {3})):
+            found = configs(problem(**{"seqlen": 2048, "head_dim": dim, **change}))
+            assert {c.num_warps // 4 for c in found if c.schedule == "specialized"} == few
 
 
 @SPECIALIZED
 def test_warpgroups_fit(asked: Problem, config: Config) -> None:
     compiled_ = code(asked, config)
     _, stack = resources(compiled_.cubin)
-    assert stack == (24 if config is THREE and asked.head_dim == 128 and NEWEST else 0)
+    assert stack <= (24 if config.num_warps == 12 and NEWEST else 0)
     assert compiled_.threads == 32 * (config.num_warps + 4), "the producer's warp comes with three more"
     assert compiled_.shared <= hopper.smem(asked, config) <= H100.smem_per_block
     assert config.maxnreg is not None
@@ -349,7 +353,7 @@ def test_softmax_runs_under_products_or_in_turn(asked: Problem, config: Config) 
     order = sorted((i, kind) for kind, pattern in kinds.items() for i in places(text, pattern))
     line = re.sub(r"(.)\1+", r"\1", "".join(kind for _, kind in order))
     groups = config.num_warps // 4
-    if config is THREE:
+    if config.num_warps == 12:
         assert line == "HWEHW" * groups, "QK, its wait, softmax, PV, its wait"
     else:
         assert line == "HWEHWEWHW" * groups, "in the loop both products, QK's wait, softmax, PV's wait"
