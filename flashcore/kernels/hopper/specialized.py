@@ -341,8 +341,8 @@ def attention_forward_specialized(
     values.prepare(GROUPS)
     fence_async_shared()
     work = Work(
-        gl.program_id(0), gl.num_programs(0), items, row_tiles, tiles, per_tiles, heads, per_heads, longest_q, longest_k,
-        GROUP, CAUSAL, BLOCK_N,
+        gl.program_id(0), gl.num_programs(0), items, row_tiles, tiles, per_tiles, heads, per_heads, longest_q,
+        longest_k, GROUP, CAUSAL, BLOCK_N,
     )  # fmt: skip
     gdc_wait()  # the set-up above overlaps with whatever ran before in the stream; it has now written its results
     gdc_launch_dependents()  # a next kernel's blocks find no room before ours end
