@@ -178,8 +178,8 @@ def _hopper_options(problem: Problem) -> tuple[Config, ...]:
 
 
 def _specialized(problem: Problem) -> tuple[Config, ...]:
-    """Blocks of warpgroups that share K and V: three, with 160 registers a thread, or two, with 240, where those are too
-    few. None between head dimensions of 64 and 96, whose tiles of 128 columns are work for nothing.
+    """Blocks of warpgroups that share K and V: three, with 160 registers a thread, or two, with 240, where those are
+    too few. None between head dimensions of 64 and 96, whose tiles of 128 columns are work for nothing.
     """
     p, dim = problem, max(problem.head_dim, problem.head_dim_v)
     if 64 < dim <= 96 or p.seqlen_k <= 128 or not _counts(p, 128):
