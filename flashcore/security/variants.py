@@ -136,6 +136,25 @@ def _layouts(target: Target) -> Iterator[Variant]:
             yield from _chosen(problem, kernel, target)
         for v in _chosen(replace(base, is_causal=True), kernel, target):
             yield replace(v, negative=True)
+    for is_causal, config in product((False, True), _specialized(target)):
+        long = replace(_long(), is_causal=is_causal)
+        few = (_HEADS // 4) * long.stride_k[1], *long.stride_k[1:]
+        long = replace(long, heads_kv=_HEADS // 4, stride_k=few, stride_v=few)
+        if config in select.candidates(long, target):
+            yield Variant(long, config, target, negative=True)
+
+
+def _specialized(target: Target) -> list[Config]:
+    return [c for c in select.candidates(_long(), target) if c.schedule == "specialized"]
+
+
+def _long() -> Problem:
+    """Of a length and a head dimension at which warpgroups that share K and V compute it."""
+    rows = _HEADS * 2048 * 128, 2048 * 128, 128
+    return replace(
+        _sized(_plain(), 128), seqlen_q=2048, seqlen_k=2048, stride_q=rows, stride_k=rows, stride_v=rows, stride_o=rows,
+        return_lse=False,
+    )  # fmt: skip
 
 
 def _controls(target: Target) -> Iterator[Variant]:
@@ -143,7 +162,7 @@ def _controls(target: Target) -> Iterator[Variant]:
     problems = {
         "rescale": base, "mask": replace(base, mask=_MASKS["fp16"]), "length": replace(base, seqused_k=True),
         "pointer": replace(base, seqused_k=True),
-        "specialized rescale": replace(_sized(base, 128), seqlen_q=2048, seqlen_k=2048),
+        "specialized rescale": replace(_long(), is_causal=True),
     }  # fmt: skip
     for kernel in select.KERNELS:
         for control in CONTROLS[kernel]:

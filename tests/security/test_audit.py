@@ -75,18 +75,21 @@ def test_all_that_is_shipped_is_audited_and_every_kernel_has_its_controls() -> N
 
 @pytest.mark.parametrize(("arch", "kernel"), KERNELS)
 def test_every_flag_of_a_kernel_is_audited_on_and_off(arch: int, kernel: str) -> None:
-    names: dict[str, set[object]] = {}
+    functions: dict[str, dict[str, set[object]]] = {}
     for v in variants([arch]):
         if v.config.kernel == kernel and not v.control:
             binding = audit.bound(v)
+            names = functions.setdefault(binding.fn.__name__, {})
             for name in binding.fn.arg_names:
                 given = binding.constexprs.get(name, "passed")
                 names.setdefault(name, set()).add(given)
-    flags = {name for name, values in names.items() if values & {None, True, False} and name != "EMULATED"}
-    alone = {name for name in flags if len(names[name]) == 1}
-    expected = {"SPLIT"} if kernel == "portable" else set()  # chosen by the architecture
-    assert alone == expected, {name: names[name] for name in alone}
-    assert names["GROUP"] > {1}
+    assert len(functions) == (2 if kernel == "hopper" else 1)
+    for names in functions.values():
+        flags = {name for name, values in names.items() if values & {None, True, False} and name != "EMULATED"}
+        alone = {name for name in flags if len(names[name]) == 1}
+        expected = {"SPLIT"} if kernel == "portable" else set()  # chosen by the architecture
+        assert alone == expected, {name: names[name] for name in alone}
+        assert names["GROUP"] > {1}
 
 
 def test_every_combination_of_options_is_audited() -> None:
