@@ -19,6 +19,7 @@ from typing import Any
 
 from flashcore.benchmark import (
     cross_gpu_text,
+    distributed_text,
     guide_text,
     models_text,
     own_tests_text,
@@ -372,6 +373,7 @@ BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {
     "nine": nine, "suites": suites, "clocks": guide_text.clocks, "host": guide_text.host, "behind": guide_text.behind,
     "audit_sass": security_text.audit_sass, "timing": security_text.timing, "timing_batch": security_text.timing_batch,
     "own_tests": own_tests_text.own_tests, "models": models_text.models, "gradients": models_text.gradients,
+    "context_parallel": distributed_text.context_parallel,
 }  # fmt: skip
 
 
