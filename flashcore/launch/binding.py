@@ -107,9 +107,15 @@ def length_pointers(problem: Problem, block_m: int) -> dict[str, Pointer | Scala
 
 
 def narrow_tile(problem: Problem, block_n: int) -> int:
-    """Keys of the Hopper kernel's last tile where that is narrower than the others, which then need no mask; else 0."""
+    """Keys of the Hopper kernel's narrow tiles, the last one or, causal, those on the diagonal; the others then need no
+    mask. 0 where it has none.
+    """
     p, rest = problem, problem.seqlen_k % block_n
-    if rest == 0 or p.seqlen_k < block_n or p.is_causal or p.ragged or p.mask is not None or p.window != (-1, -1):
+    if p.seqlen_k <= block_n or p.ragged or p.mask is not None or p.window != (-1, -1):
+        return 0
+    if p.is_causal:
+        return block_n // 2
+    if rest == 0:
         return 0
     width = max(16, 1 << (rest - 1).bit_length())
     return width if width < block_n else 0

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import product
+from itertools import chain, product
 
 import torch
 
@@ -131,20 +131,25 @@ def padded(dim: int, aligned_rows: bool) -> int:
 
 
 # (block_m, block_n, num_warps, registers a thread) by the padded head dimension: plain ones, those for problems whose
-# last keys get a narrower tile of their own, and those for problems that hide some scores or want the lse, which takes
-# a few registers more. With 96 registers 20 warps share an SM, with 128 16, with 168 12, with 255 8.
-_HOPPER: dict[int, tuple[tuple[_Tile, ...], tuple[_Tile, ...], tuple[_Tile, ...]]] = {
+# last keys get a narrower tile of their own, those for causal blocks that take one tile of rows, whose diagonal gets
+# narrower ones, and those for others that hide some scores or want the lse, which takes a few registers more. With 96
+# registers 20 warps share an SM, with 128 16, with 168 12, with 255 8.
+_HOPPER: dict[int, tuple[tuple[_Tile, ...], ...]] = {
     32: (((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128)),
          ((64, 64, 4, 96), (64, 128, 4, 128)),
+         ((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128), (64, 128, 4, 168)),
          ((64, 64, 4, 96), (64, 128, 4, 168))),
     64: (((64, 128, 4, 128), (128, 128, 8, 128), (64, 64, 4, 96), (64, 256, 4, 255)),
          ((64, 64, 4, 96), (64, 128, 4, 168)),
+         ((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128), (64, 64, 4, 128), (64, 128, 4, 168)),
          ((64, 64, 4, 128), (64, 128, 4, 168), (128, 64, 8, 128))),
     96: (((128, 64, 8, 128), (64, 64, 4, 128), (64, 128, 4, 168)),
          ((128, 64, 8, 128), (64, 64, 4, 128)),
+         ((128, 64, 8, 128), (64, 64, 4, 128), (64, 128, 4, 168)),
          ((128, 64, 8, 128), (64, 64, 4, 128), (64, 128, 4, 255))),
     128: (((64, 64, 4, 168), (64, 128, 4, 255), (128, 128, 8, 255), (64, 64, 4, 128)),
           ((64, 64, 4, 168), (64, 128, 4, 255)),
+          ((64, 64, 4, 128), (64, 128, 4, 168), (64, 64, 4, 168), (64, 128, 4, 255)),
           ((64, 64, 4, 168), (64, 128, 4, 255), (128, 128, 8, 255))),
 }  # fmt: skip
 # The same for problems with further options: for one alone that costs few registers, for one or two, for any number.
@@ -199,13 +204,16 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
     if problem.options:
         return _hopper_options(problem)
     dim = max(problem.head_dim, problem.head_dim_v)
-    plain, tailed, masked = next((_HOPPER[padded] for padded in _HOPPER if dim <= padded), ((), (), ()))
+    lists = next((_HOPPER[padded] for padded in _HOPPER if dim <= padded), ((),) * 4)
+    plain, tailed, diagonal, masked = lists
     configs = []
-    for tile, schedule in product(dict.fromkeys((*plain, *tailed, *masked)), ("", "persistent")):
+    for tile, schedule in product(dict.fromkeys(chain(*lists)), ("", "persistent")):
         m, n, warps, registers = tile
         single = problem.seqlen_k <= n  # one pass needs fewer registers, and its block has nothing to stay for
         if single:
             fitting = plain
+        elif problem.is_causal and not schedule:
+            fitting = diagonal
         elif problem.is_causal or problem.return_lse:
             fitting = masked
         elif problem.seqlen_k % n:

@@ -55,6 +55,7 @@ TRIALS = {
     "wide": Trial(options={"scale": 0.5}),
     "negative scale": Trial(options={"scale": -0.3}),
     "causal": Trial(options={"is_causal": True}),
+    "causal lengths": Trial(options={"is_causal": True}, extra="lengths"),
     "blind": Trial(Shape(1, 2, 200, 64, seqlen_k=70), options={"is_causal": True}),
     "window": Trial(options={"window": (70, 10)}),
     "soft cap": Trial(options={"softcap": 5.0}),

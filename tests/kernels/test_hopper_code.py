@@ -18,6 +18,7 @@ from flashcore.core.config import Config
 from flashcore.core.problem import Problem
 from flashcore.core.target import H100
 from flashcore.launch import capability, compiled, hopper
+from flashcore.launch.binding import narrow_tile
 from flashcore.launch.compile_check import resources
 from flashcore.launch.select import candidates
 
@@ -108,10 +109,11 @@ def test_products(asked: Problem, config: Config) -> None:
     d, dv = hopper.block_of(asked.head_dim), hopper.block_of(asked.head_dim_v)
     bf16 = ".BF16" if asked.dtype == torch.bfloat16 else ""
     products = [text[i] for i in places(text, r"\w*MMA[.\w]*")]
-    shared = [p for p in products if re.match(rf"HGMMA\.64x{config.block_n}x16\.F32{bf16} R\d+, gdesc", p)]
+    keys = [width for width in (config.block_n, narrow_tile(asked, config.block_n)) if width]  # of a tile, in each part
+    shared = [p for p in products if re.match(rf"HGMMA\.64x({'|'.join(map(str, keys))})x16\.F32{bf16} R\d+, gdesc", p)]
     in_registers = [p for p in products if re.match(rf"HGMMA\.64x{dv}x16\.F32{bf16} R\d+, R\d+, gdesc", p)]
-    assert len(shared) == d // 16, "q and k from shared memory, 16 columns each, accumulated in fp32"
-    assert len(in_registers) == config.block_n // 16, "the weights from registers, 16 keys each, accumulated in fp32"
+    assert len(shared) == len(keys) * d // 16, "q and k from shared memory, 16 columns each, accumulated in fp32"
+    assert len(in_registers) == sum(keys) // 16, "the weights from registers, 16 keys each, accumulated in fp32"
     assert len(products) == len(shared) + len(in_registers), "no other matrix product"
 
 
@@ -141,6 +143,7 @@ def test_tensors_go_through_tma_alone(asked: Problem, config: Config) -> None:
     text = sass(asked, config)
     tiles = asked.seqlen_k > config.block_n
     refills = 3 if config.schedule == "persistent" else 2 if tiles else 0
+    refills *= 2 if narrow_tile(asked, config.block_n) else 1
     loads, stores = places(text, r"UTMALDG[.\w]*"), places(text, r"UTMASTG[.\w]*")
     assert len(loads) == 3 + refills and len(stores) == 1
     assert all(".4D" in text[i] for i in (*loads, *stores))
@@ -229,10 +232,13 @@ def test_the_set_up_overlaps_with_the_kernel_before(asked: Problem, config: Conf
 def test_softmax_lies_between_the_products(asked: Problem, config: Config) -> None:
     text = sass(asked, config)
     products = places(text, r"HGMMA[.\w]*")
-    begin, end = (products[hopper.block_of(asked.head_dim) // 16 + i] for i in (-1, 0))
+    first = hopper.block_of(asked.head_dim) // 16
+    last = first + config.block_n // 16 - 1  # of the tile, in front of what narrow tiles have
+    begin, end = products[first - 1], products[first]
     waits = places(text, r"WARPGROUP\.DEPBAR[.\w]*")
-    exponentials = places(text, r"MUFU\.EX2")
-    assert len(waits) == 2 and begin < waits[0] < exponentials[0] < exponentials[-1] < end and products[-1] < waits[1]
+    exponentials = [i for i in places(text, r"MUFU\.EX2") if i < products[last]]
+    assert len(waits) == (4 if narrow_tile(asked, config.block_n) else 2)
+    assert begin < waits[0] < exponentials[0] < exponentials[-1] < end and products[last] < waits[1]
     scores, outputs = (
         config.block_m * columns // code(asked, config).threads
         for columns in (config.block_n, hopper.block_of(asked.head_dim_v))

@@ -20,10 +20,10 @@ pytestmark = pytest.mark.skipif(
     not capability._triton().startswith(capability.TRITON_RELEASES), reason="not offered under this release of Triton"
 )
 HERE = Path(__file__).parent
-TRIALS = ("plain", "large logits", "many keys", "wide", "negative scale", "causal", "blind", "window", "soft cap",
-          "bias", "mask", "lengths", "packed", "packed, short", "persistent", "narrow tile",
-          "narrow tile, persistent", "columns", "shared", "shared, many", "shared, negative",
-          "shared, causal", "strides")  # fmt: skip
+TRIALS = ("plain", "large logits", "many keys", "wide", "negative scale", "causal", "causal lengths", "blind",
+          "window", "soft cap", "bias", "mask", "lengths", "packed", "packed, short", "persistent", "narrow tile",
+          "narrow tile, persistent", "columns", "shared", "shared, many", "shared, negative", "shared, causal",
+          "strides")  # fmt: skip
 on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )

@@ -212,11 +212,12 @@ def attention_forward(
 ):  # fmt: skip
     """softmax(q k^T) v over 4-D descriptors [batch, heads, rows, columns] whose boxes are one tile.
 
-    SINGLE: all keys fit in one tile. TAIL: keys of the last tile where that is narrower than BLOCK_N, else 0; then no
-    other hides any. EMPTY_ROWS: some rows see no key. NEGATE: the scale is negative, qk_scale its magnitude. D + MORE_D
-    and DV + MORE_DV: the columns of a box that are multiplied, in one part or two. LATE: let the next kernel start when
-    this one ends, not at once. PERSISTENT: a one-dimensional grid of blocks that each take every gridDim-th item; else
-    a grid of (row tiles, heads, batch), when causal (heads, row tiles, batch).
+    SINGLE: all keys fit in one tile. TAIL: keys of the last tile, causal of all tiles that hide some, where they are
+    narrower than BLOCK_N, else 0; then no other hides any. EMPTY_ROWS: some rows see no key. NEGATE: the scale is
+    negative, qk_scale its magnitude. D + MORE_D and DV + MORE_DV: the columns of a box that are multiplied, in one part
+    or two. LATE: let the next kernel start when this one ends, not at once. PERSISTENT: a one-dimensional grid of
+    blocks that each take every gridDim-th item; else a grid of (row tiles, heads, batch), when causal (heads, row
+    tiles, batch).
 
     None where an option is not in use. mask_desc: over the mask's own sizes, 1 where it is broadcast; MASK_B, MASK_H: 0
     where its batch or head is. cap: of the scores, before the mask is added. qk_scale has a factor of log2(e), without
@@ -322,7 +323,7 @@ def attention_forward(
 
     loads = 0  # of K, and of V; their parity is the phase of the barriers
     turn = 0
-    for index in range(first, items, step):
+    for index in range(first, 1 if CAUSAL and not PERSISTENT and cu_seqlens_q is None else items, step):
         row = row_tile * BLOCK_M
         if seqused_k is not None:
             shift = seqlen_k - seqlen_q
@@ -330,6 +331,13 @@ def attention_forward(
         visible = seqlen_k  # keys that every row of this tile sees
         if CAUSAL:
             visible = gl.minimum(visible, row + shift + 1)
+        whole = tiles  # tiles of BLOCK_N keys; the others, of TAIL, come behind them
+        if TAIL and CAUSAL:
+            whole = gl.maximum(visible, 0) // BLOCK_N
+            seen = gl.minimum(seqlen_k, row + shift + BLOCK_M)
+            tiles = gl.maximum(whole + (seen - whole * BLOCK_N + TAIL - 1) // TAIL, 1)
+        elif TAIL:
+            whole = tiles - 1
         hidden = 0  # keys before this one are hidden from some row
         if left is not None:
             visible = gl.minimum(visible, row + shift + right + 1)
@@ -349,15 +357,16 @@ def attention_forward(
         m = gl.full([BLOCK_M], -float("inf"), gl.float32, gl.SliceLayout(1, S))
         l = gl.zeros([BLOCK_M, 8], gl.float32, L)  # noqa: E741
         mbarrier.wait(q_full, turn & 1)
-        for part in gl.static_range(2 if TAIL else 1):  # all tiles, or all but the last and a copy of the code for that
-            start = tiles - 1 if part else first_tile
-            stop = first_tile + 1 if SINGLE else tiles if part or not TAIL else tiles - 1
+        for part in gl.static_range(2 if TAIL else 1):  # whole tiles, and a copy of the code for narrow ones
+            start = whole if part else first_tile
+            stop = first_tile + 1 if SINGLE else tiles if part else whole
             for tile in range(start, stop):
                 last = tile + 1 == tiles
                 refill = more | (tile + 1 < tiles)
                 load_batch = gl.where(last, next_batch, batch)
                 load_head = gl.where(last, next_head, head) // GROUP
-                load_key = gl.where(last, 0, (tile + 1) * BLOCK_N)
+                key = whole * BLOCK_N + (tile - whole) * TAIL if part else tile * BLOCK_N
+                load_key = gl.where(last, 0, key + TAIL if part else (tile + 1) * BLOCK_N)
                 if PERSISTENT and seqused_k is not None:
                     length = gl.maximum(gl.where(last, next_seqlen_k, seqlen_k), 1)
                 mbarrier.wait(k_full, loads & 1)
@@ -387,10 +396,10 @@ def attention_forward(
                 if mask_desc is not None:
                     s = _apply_mask(s, mask, qk_scale if cap is None else 1.0)
                 if (SINGLE and MASKED) or part:
-                    s = hide(s, row, tile * BLOCK_N, seqlen_k, shift, left, right, CAUSAL)
+                    s = hide(s, row, key, seqlen_k, shift, left, right, CAUSAL)
                 elif MASKED and not TAIL:
-                    if ((tile + 1) * BLOCK_N > visible) | (tile * BLOCK_N < hidden):
-                        s = hide(s, row, tile * BLOCK_N, seqlen_k, shift, left, right, CAUSAL)
+                    if ((tile + 1) * BLOCK_N > visible) | (key < hidden):
+                        s = hide(s, row, key, seqlen_k, shift, left, right, CAUSAL)
                 unit = qk_scale if cap is None else LOG2E
                 p, m, l, alpha = softmax(s, m, l, unit, SINGLE, EMPTY_ROWS, BIAS)
                 if not SINGLE:
