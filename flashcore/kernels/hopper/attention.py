@@ -333,9 +333,9 @@ def attention_forward(
             visible = gl.minimum(visible, row + shift + 1)
         whole = tiles  # tiles of BLOCK_N keys; the others, of TAIL, come behind them
         if TAIL and CAUSAL:
-            whole = gl.maximum(visible, 0) // BLOCK_N
+            whole = gl.maximum(visible - 1, 0) // BLOCK_N
             seen = gl.minimum(seqlen_k, row + shift + BLOCK_M)
-            tiles = gl.maximum(whole + (seen - whole * BLOCK_N + TAIL - 1) // TAIL, 1)
+            tiles = whole + gl.maximum((seen - whole * BLOCK_N + TAIL - 1) // TAIL, 1)
         elif TAIL:
             whole = tiles - 1
         hidden = 0  # keys before this one are hidden from some row
@@ -361,12 +361,18 @@ def attention_forward(
             start = whole if part else first_tile
             stop = first_tile + 1 if SINGLE else tiles if part else whole
             for tile in range(start, stop):
-                last = tile + 1 == tiles
-                refill = more | (tile + 1 < tiles)
-                load_batch = gl.where(last, next_batch, batch)
-                load_head = gl.where(last, next_head, head) // GROUP
+                if TAIL and part == 0:  # a narrow one follows
+                    last, refill, load_batch, load_head = False, True, batch, head // GROUP
+                else:
+                    last = tile + 1 == tiles
+                    refill = more | (tile + 1 < tiles)
+                    load_batch = gl.where(last, next_batch, batch)
+                    load_head = gl.where(last, next_head, head) // GROUP
                 key = whole * BLOCK_N + (tile - whole) * TAIL if part else tile * BLOCK_N
-                load_key = gl.where(last, 0, key + TAIL if part else (tile + 1) * BLOCK_N)
+                if TAIL and part == 0:
+                    load_key = (tile + 1) * BLOCK_N
+                else:
+                    load_key = gl.where(last, 0, key + TAIL if part else (tile + 1) * BLOCK_N)
                 if PERSISTENT and seqused_k is not None:
                     length = gl.maximum(gl.where(last, next_seqlen_k, seqlen_k), 1)
                 mbarrier.wait(k_full, loads & 1)
