@@ -76,11 +76,15 @@ _LINES: dict[str, Callable[[Record], Iterator[Line]]] = {
 
 def newest(folder: Path) -> dict[str, dict[str, Record]]:
     """Kind -> machine ("" = none with a GPU) -> its newest complete record; of the tests, cut off or not."""
+    return _newest(folder, whole=True)
+
+
+def _newest(folder: Path, whole: bool) -> dict[str, dict[str, Record]]:
     found: dict[str, dict[str, Record]] = {kind: {} for kind in KINDS}
     for path in sorted(folder.glob("*.json")):
         record = results.read(path)
-        whole = record["kind"] == "gpu-tests" or (record.get("complete", True) and not record.get("quick"))
-        if record["kind"] not in KINDS or not whole:
+        is_whole = record["kind"] == "gpu-tests" or (record.get("complete", True) and not record.get("quick"))
+        if record["kind"] not in KINDS or is_whole != whole:
             continue
         here, gpu = found[record["kind"]], record["environment"]["gpu"] or ""
         record["file"] = path.name
@@ -95,17 +99,23 @@ def _date(record: Record) -> str:
     return str(record["environment"].get("recorded") or (named[0] if named else ""))
 
 
+def _when(gpu: str, record: Record) -> str:
+    return f"[{_date(record)[:10]}](../../results/{record['file']}), {gpu or 'no GPU'}"
+
+
 def rows(folder: Path) -> Iterator[Sequence[str]]:
     """The table's rows: claim, figure, control, command, date and machine, and whether it holds."""
-    found = newest(folder)
+    found, smaller = newest(folder), _newest(folder, whole=False)
     for kind, (claim, command) in KINDS.items():
         for gpu, record in sorted(found[kind].items()):
-            when = f"[{_date(record)[:10]}](../../results/{record['file']}), {gpu or 'no GPU'}"
+            when = _when(gpu, record)
             for line in _LINES.get(kind, _said)(record):
                 asked = f"`{record.get('command', command)}`"
                 yield line.claim, line.figure, line.control or "-", asked, when, "yes" if line.passed else "**no**"
         if not found[kind]:
-            yield claim, "not run yet", "-", f"`{command}`", "-", "-"
+            said = "smaller runs than the claim asks for" if smaller[kind] else "not run yet"
+            where = "; ".join(_when(gpu, record) for gpu, record in sorted(smaller[kind].items())) or "-"
+            yield claim, said, "-", f"`{command}`", where, "-"
     audited = {row["arch"] for record in found["audit-sass"].values() for row in record["summary"]}
     machines = {gpu for kind in found.values() for gpu in kind}
     for arch, name in NOT_RUN.items():
@@ -116,6 +126,6 @@ def rows(folder: Path) -> Iterator[Sequence[str]]:
 
 INTRODUCTION = (
     "Each claim is a command that you can run, and each command plants faults of its own, which it has to find in the"
-    " same run: a row holds where the claim held and the control failed. A record of a smaller run than the claim asks"
-    " for is not shown. What `flashcore audit sass` and `audit timing` can't see is in [security.md](../security.md)."
+    " same run: a row holds where the claim held and the control failed. Figures of a smaller run than the claim asks"
+    " for are not shown. What `flashcore audit sass` and `audit timing` can't see is in [security.md](../security.md)."
 )
