@@ -8,7 +8,7 @@ V through TMA, and every other warpgroup computes 64 rows against the same tiles
 * two where scores are hidden or the lse is wanted, which three have no registers for: each issues the next tile's QK
   and this tile's PV together, under whose products its softmax runs (FlashAttention-3, Shah et al. 2024).
 
-One block fills an SM, stays for all its items and loads the next one's tiles while it finishes one.
+One block fills an SM and stays for all its items; it loads the next one's tiles once all have done with this one's q.
 docs/design/hopper-log.md has the measurements. No branch and no address depends on a value of q, k or v.
 """
 
@@ -176,10 +176,10 @@ def _scores(q_tile, keys, turn, S: gl.constexpr):
 
 @gluon.jit
 def _weights(
-    s, m, l, tile, row, qk_scale, work, P: gl.constexpr, dtype: gl.constexpr, FIRST: gl.constexpr,
-    EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
+    s, m, l, tile, row, qk_scale, work, dtype: gl.constexpr, FIRST: gl.constexpr, EVEN_N: gl.constexpr,
+    NEGATE: gl.constexpr,
 ):  # fmt: skip
-    """A tile's scores -> its weights as an operand, with the running maximum m and sum l, and acc's new factor."""
+    """A tile's scores -> its weights in `dtype`, the running maximum m and sum l with them, and acc's new factor."""
     columns: gl.constexpr = s.shape[1]
     if NEGATE:
         s = -s
@@ -203,7 +203,7 @@ def _in_turn(
         keys.wait(loads)
         s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads, S),))
         keys.free(loads)
-        p, m, l, alpha = _weights(s, m, l, tile, row, qk_scale, work, P, dtype, False, EVEN_N, NEGATE)
+        p, m, l, alpha = _weights(s, m, l, tile, row, qk_scale, work, dtype, False, EVEN_N, NEGATE)
         acc = times(acc, alpha)
         p = gl.convert_layout(p, P, assert_trivial=True)
         values.wait(loads)
@@ -221,7 +221,7 @@ def _overlapped(
     keys.wait(loads)
     s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads, S),))
     keys.free(loads)
-    p, m, l, alpha = _weights(s, m, l, 0, row, qk_scale, work, P, dtype, True, EVEN_N, NEGATE)
+    p, m, l, alpha = _weights(s, m, l, 0, row, qk_scale, work, dtype, True, EVEN_N, NEGATE)
     p = gl.convert_layout(p, P, assert_trivial=True)
     keys.wait(loads + 1, tiles > 1)
     for tile in range(1, tiles):
@@ -230,7 +230,7 @@ def _overlapped(
         sums = warpgroup_mma(p, values.tile(loads), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=(scores,))
         keys.free(loads + 1)
-        next_p, m, l, alpha = _weights(s, m, l, tile, row, qk_scale, work, P, dtype, False, EVEN_N, NEGATE)
+        next_p, m, l, alpha = _weights(s, m, l, tile, row, qk_scale, work, dtype, False, EVEN_N, NEGATE)
         # Here, not where the next tile is used: without a branch in front of it ptxas moves the wait for the products
         # up, ahead of the softmax that runs under them.
         keys.wait(loads + 2, tile + 1 < tiles)
