@@ -369,19 +369,21 @@ def shipped(target: Target) -> Iterator[tuple[Problem, Config]]:
     """Every variant that is compiled before a release, for this GPU.
 
     What `select` answers for plain problems, and each configuration of the allow-list with what makes its largest
-    code: causal with lengths that no tile divides and lse, or else the most that it serves; the same with a narrower
-    last tile.
+    code: causal with lengths that no tile divides and lse, or else the most that it serves; the same with narrow
+    tiles, the last one or those on the diagonal.
     """
     plain = [_problem(head_dim=dim, seqlen_q=n) for dim in (32, 64, 80, 128, 256) for n in (128, 257, 512)]
     plain += [_problem(torch.bfloat16, head_dim=64, heads_kv=2, seqlen_q=512, is_causal=c) for c in (False, True)]
     yield from dict.fromkeys((problem, select(problem, target)) for problem in plain)
     for dim in _HEAD_DIMS:
-        largest: dict[tuple[Config, bool], Problem] = {}
+        largest: dict[tuple[Config, str], Problem] = {}
         for seqlen, is_causal in ((197, True), (64, True), (512, False), (224, False), (290, False)):
             for lse in (True, False):
                 problem = _problem(head_dim=dim, seqlen_q=seqlen, is_causal=is_causal, return_lse=lse)
                 for config in candidates(problem, target):
-                    narrow = config.kernel == "hopper" and narrow_tile(problem, config.block_n) > 0
+                    narrow = ""  # which sort of narrow tiles it has
+                    if config.kernel == "hopper" and narrow_tile(problem, config.block_n):
+                        narrow = "diagonal" if is_causal else "last"
                     largest.setdefault((config, narrow), problem)
         yield from ((problem, config) for (config, _), problem in largest.items())
 
