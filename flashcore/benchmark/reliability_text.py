@@ -50,6 +50,18 @@ def _gpu_tests(record: Record) -> Iterator[Line]:
     yield Line(KINDS["gpu-tests"][0], figure, "", not record["failed"] and not left)
 
 
+def _fuzz(record: Record) -> Iterator[Line]:
+    """The newest run, and with it those of other seeds on the same GPU: no two seeds share a problem."""
+    others = record["others"]
+    for row, line in zip(record["rows"], _said(record), strict=True):
+        if others:
+            counts = [run["counts"]["problems"] for run in (record, *others)]
+            failed = sum(len(run["failures"]) for run in (record, *others))
+            figure = f"{sum(counts):,} problems in {len(counts)} runs of different seeds: {failed} failed"
+            line = line._replace(figure=figure, passed=row["passed"] and all(r["rows"][0]["passed"] for r in others))
+        yield line
+
+
 def _sass(record: Record) -> Iterator[Line]:
     for row in record["summary"]:
         tainted = row["tainted_branches"] + row["tainted_addresses"] + row["tainted_other"]
@@ -70,7 +82,7 @@ def _timing(record: Record) -> Iterator[Line]:
 
 
 _LINES: dict[str, Callable[[Record], Iterator[Line]]] = {
-    "gpu-tests": _gpu_tests, "audit-sass": _sass, "audit-timing": _timing
+    "gpu-tests": _gpu_tests, "audit-fuzz": _fuzz, "audit-sass": _sass, "audit-timing": _timing
 }  # fmt: skip
 
 
@@ -87,9 +99,17 @@ def _newest(folder: Path, whole: bool) -> dict[str, dict[str, Record]]:
         if record["kind"] not in KINDS or is_whole != whole:
             continue
         here, gpu = found[record["kind"]], record["environment"]["gpu"] or ""
-        record["file"] = path.name
-        if gpu not in here or _date(here[gpu]) <= _date(record):
-            here[gpu] = record
+        record |= {"file": path.name, "others": []}
+        older = here.get(gpu)
+        if older and _date(older) > _date(record):
+            record, older = older, record
+        if older:
+            seeds = {record.get("seed"): record}
+            record["others"] = [
+                run for run in (*record["others"], older, *older["others"])
+                if seeds.setdefault(run.get("seed"), run) is run
+            ]  # fmt: skip
+        here[gpu] = record
     return found
 
 

@@ -53,6 +53,25 @@ def test_a_claim_that_failed_is_shown_and_a_small_run_is_not(folder: Path) -> No
     assert not any("audit-bitwise holds" in row for row in text(folder))
 
 
+def test_random_problems_of_different_seeds_add_up(tmp_path: Path) -> None:
+    def run(seed: int, problems: int, day: int, passed: bool = True) -> None:
+        made = audit("audit-fuzz", passed=passed, seed=seed, counts={"problems": problems}, failures=[])
+        made["environment"]["recorded"] = f"2026-12-0{day}T10:00:00+00:00"
+        results.write(tmp_path / f"f{day}.json", made)
+
+    run(0, 20_000, 1)
+    assert "7 problems" in text(tmp_path)[1], "what a single run says itself"
+    run(1, 30_000, 3)
+    run(0, 999, 2)  # the same problems again: the newer run of them counts
+    row = text(tmp_path)[1]
+    assert "30,999 problems in 2 runs of different seeds: 0 failed" in row and row.endswith("| yes")
+    run(2, 1, 4, passed=False)
+    assert text(tmp_path)[1].endswith("**no**")
+    run(3, 5, 5)
+    row = text(tmp_path)[1]
+    assert "31,005 problems in 4 runs" in row and row.endswith("**no**"), "a run that failed is not forgotten"
+
+
 def test_tests_and_timing_are_counted(folder: Path) -> None:
     tests = {"kind": "gpu-tests", "environment": records.environment(), "passed": 5, "failed": 1, "skipped": 0,
              "unfinished": 0, "complete": True, "runs": [{"selected": 6}]}  # fmt: skip
