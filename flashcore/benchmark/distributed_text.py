@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flashcore.benchmark import results
-from flashcore.benchmark.markdown import table, times
+from flashcore.benchmark.markdown import link, table, times
 
 Record = dict[str, Any]
 
@@ -17,8 +17,9 @@ def context_parallel(folder: Path) -> Iterator[str]:
     for gpu, record in sorted(results.newest(folder, "context-parallel").items()):
         environment, cases = record["environment"], record["cases"]
         yield (
-            f"{record['protocol']['ranks']} x {gpu}, {environment['recorded'][:10]}, PyTorch {environment['torch']}, "
-            f"{cases[0]['shape']['seqlen']:,} rows, fp16, ms; [results/{record['file']}](../results/{record['file']})."
+            f"{record['protocol']['ranks']} x {gpu}, {environment['recorded'][:10]}, commit "
+            f"`{environment['commit'][:12]}`, PyTorch {environment['torch']}, {cases[0]['shape']['seqlen']:,} rows, "
+            f"fp16, ms; {link(record)}."
         )
         yield ""
         yield from table(

@@ -7,19 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from flashcore.benchmark import peers_text, results, validation_text
-from flashcore.benchmark.markdown import table, times
+from flashcore.benchmark.markdown import link, table, times
 from flashcore.benchmark.shapes import Shape
 from flashcore.benchmark.terminal import us
 
 Record = dict[str, Any]
 
 
-def _link(record: Record) -> str:
-    return f"[results/{record['file']}](../results/{record['file']})"
-
-
 def _source(record: Record) -> str:
-    return f"{record['environment']['gpu']}, {record['environment']['recorded'][:10]}, {_link(record)}"
+    return f"{record['environment']['gpu']}, {record['environment']['recorded'][:10]}, {link(record)}"
 
 
 def clocks(folder: Path) -> Iterator[str]:
@@ -94,7 +90,7 @@ def behind(folder: Path) -> Iterator[str]:
         if found is not None and best is not None and (found.value if found.low is None else found.low) <= 1:
             figures = [us(peers_text.figure(case, name)) for name in ("flashcore", best)]
             rows.append((label, *figures, best, times(found.value)))
-            files.add(_link(record))
+            files.add(link(record))
     measured = f"{len(newest)} shapes measured beside the peers"
     if not rows:
         yield f"Of the {measured} none has a peer that is faster, or level within the noise."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -12,6 +13,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
     for row in rows:
         yield "| " + " | ".join(cell.strip() for cell in row) + " |"
     yield ""
+
+
+def link(record: dict[str, Any]) -> str:
+    """To a record, from a document in docs/."""
+    return f"[results/{record['file']}](../results/{record['file']})"
 
 
 def times(value: float | None) -> str:

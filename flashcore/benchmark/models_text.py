@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flashcore.benchmark import results
-from flashcore.benchmark.markdown import table, times
+from flashcore.benchmark.markdown import link, table, times
 from flashcore.benchmark.models import MODELS, MODES
 from flashcore.measure.statistics import geometric_mean
 
@@ -20,7 +20,7 @@ def models(folder: Path) -> Iterator[str]:
     if record is None:
         return
     transformers = record["environment"]["transformers"]
-    yield f"{_heading(record)}, transformers {transformers}, fp16, P50 of a call; {_link(record)}."
+    yield f"{_heading(record)}, transformers {transformers}, fp16, P50 of a call; {link(record)}."
     yield ""
     rows = []
     for name in dict.fromkeys(case["model"] for case in record["cases"]):
@@ -41,7 +41,7 @@ def gradients(folder: Path) -> Iterator[str]:
     record = results.headline(results.newest(folder, "gradients"))
     if record is None:
         return
-    yield f"{_heading(record)}, fp16, forward and backward, µs; {_link(record)}."
+    yield f"{_heading(record)}, fp16, forward and backward, µs; {link(record)}."
     yield ""
     rows = []
     for case in record["cases"]:
@@ -60,10 +60,6 @@ def gradients(folder: Path) -> Iterator[str]:
 def _heading(record: Record) -> str:
     environment = record["environment"]
     return f"{environment['gpu']}, {environment['recorded'][:10]}, PyTorch {environment['torch']}"
-
-
-def _link(record: Record) -> str:
-    return f"[results/{record['file']}](../results/{record['file']})"
 
 
 def _over(case: Record, peer: str, mode: str) -> float | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flashcore.benchmark import results
-from flashcore.benchmark.markdown import table
+from flashcore.benchmark.markdown import link, table
 
 Record = dict[str, Any]
 
@@ -39,7 +39,7 @@ def _table(device: str, record: Record) -> Iterator[str]:
     changed = f" (files changed: {len(source['tests_changed'])})" if source["tests_changed"] else ""
     yield (
         f"{device}, {record['environment']['recorded'][:10]}, transformers {source['version']}, its tests of commit "
-        f"`{source['tests_commit'][:12]}`{changed}; [results/{record['file']}](../results/{record['file']})."
+        f"`{source['tests_commit'][:12]}`{changed}; {link(record)}."
     )
     yield ""
     rows, reasons = [], dict[str, set[str]]()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flashcore.benchmark import results, timing_plot
+from flashcore.benchmark.markdown import link
 from flashcore.measure import machine
 from flashcore.security import elapsed
 
@@ -33,7 +34,7 @@ def audit_sass(folder: Path) -> Iterator[str]:
     e = record["environment"]
     yield (
         f"{e['recorded'][:10]}, Triton {e['triton']}, ptxas {e['ptxas']}, nvdisasm {e['nvdisasm']}, source "
-        f"`{e['source']}`; every variant by name is in [results/{record['file']}](../results/{record['file']})."
+        f"`{e['source']}`; every variant by name is in {link(record)}."
     )
     yield ""
     header = ("Compiled for", "Variants", "Clean", "Instructions", "Steer", "Touch memory", "Tainted", "Read lengths",
@@ -123,7 +124,7 @@ def _machine(gpu: str, record: Record) -> Iterator[str]:
     yield (
         f"{gpu}, {e['recorded'][:10]}, driver {e['driver'] or 'unknown'}, CUDA {e['cuda']}, PyTorch {e['torch']}, "
         f"Triton {e['triton']}, source `{e['source']}`, {f'held back by {held}' if held else 'not held back'}; "
-        f"[results/{record['file']}](../results/{record['file']})."
+        f"{link(record)}."
     )
     yield ""
 

@@ -184,16 +184,14 @@ def _hopper_options(problem: Problem) -> tuple[Config, ...]:
 
 def _specialized(problem: Problem) -> tuple[Config, ...]:
     """Blocks of warpgroups that share K and V: three, with 160 registers a thread, or two, with 240, where those are
-    too few. None between head dimensions of 64 and 96, whose tiles of 128 columns are work for nothing.
+    too few. At head dimensions up to 96 small blocks are faster.
     """
-    p, dim = problem, max(problem.head_dim, problem.head_dim_v)
-    if 64 < dim <= 96 or p.seqlen_k <= 128 or not _counts(p, 128):
+    p = problem
+    if max(p.head_dim, p.head_dim_v) <= 96 or p.seqlen_k <= 128 or not _counts(p, 128):
         return ()
     if p.is_causal and p.seqlen_q > p.seqlen_k:
         return ()  # rows that see no key
     three, two = (Config("hopper", m, 128, m // 16, 2, "specialized", r) for m, r in ((192, 160), (128, 240)))
-    if dim <= 64:
-        return () if p.return_lse else (three, replace(three, num_stages=4))
     return (two,) if p.is_causal or p.return_lse or p.seqlen_k % two.block_n else (three, two)
 
 
@@ -347,7 +345,7 @@ def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
     ours = [c for c in configs if c.kernel == "hopper"]
     if ours:
         stays = "persistent" if 1 < blocks(64) / (4 * target.sms) <= 4 and 128 < p.seqlen_k < _MANY_KEYS else ""
-        shared = max(p.head_dim, p.head_dim_v) > 96 and p.seqlen_k >= 2 * _MANY_KEYS and blocks(128) >= target.sms
+        shared = p.seqlen_k >= 2 * _MANY_KEYS and blocks(128) >= target.sms
         ours = [c for c in ours if (c.schedule == "specialized") == shared] or ours
         wide = 64 < max(p.head_dim, p.head_dim_v) <= 96 and blocks(128) >= target.sms
         ours = [c for c in ours if (c.block_m == 128) == wide] or ours

@@ -20,11 +20,12 @@ def test_a_row_a_problem(tmp_path: Path) -> None:
     }  # fmt: skip
     record = {
         "kind": "context-parallel", "protocol": {"ranks": 2}, "cases": [case(8, False, **timed), case(7, True)],
-        "environment": {"gpu": "NVIDIA H200", "recorded": "2026-11-28T10:00:00+00:00", "torch": "2.11.0"},
+        "environment": {"gpu": "NVIDIA H200", "recorded": "2026-11-28T10:00:00+00:00", "torch": "2.11.0",
+                        "commit": "0123456789abcdef"},
     }  # fmt: skip
     results.write(tmp_path / "context-parallel-h200-2026-11-28.json", record)
     text = "\n".join(distributed_text.context_parallel(tmp_path))
-    assert "2 x NVIDIA H200, 2026-11-28, PyTorch 2.11.0, 65,536 rows" in text
+    assert "2 x NVIDIA H200, 2026-11-28, commit `0123456789ab`, PyTorch 2.11.0, 65,536 rows" in text
     assert "| H=8 D=64 full | 19.00 | 10.00 | - | 1.90x | - | 81% |" in text
     assert "| H=7 D=64 causal | - | - | - | - | - | wrong |" in text
 

@@ -323,6 +323,8 @@ def attention_forward(
 
     loads = 0  # of K, and of V; their parity is the phase of the barriers
     turn = 0
+    # One item, said so where narrow tiles follow the loop over whole ones: else what they compute from the thread alone
+    # is kept in registers across that loop, which has none left.
     for index in range(first, 1 if CAUSAL and not PERSISTENT and cu_seqlens_q is None else items, step):
         row = row_tile * BLOCK_M
         if seqused_k is not None:
