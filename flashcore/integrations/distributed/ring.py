@@ -4,9 +4,10 @@ Step s of rank r works on the keys of rank r - s. While it computes, they are al
 the next ones on their way here: NCCL moves them on a stream of its own, from one of two buffers into the other.
 
 A GPU hands out its SMs in the order of launches: the blocks of a kernel sit down where those of the one before run out.
-So the first transfer, the longest to launch, comes behind one chunk of a rank's own rows, so that the GPU does not wait
-for the host, and before the other chunk, so that NCCL does not wait for the whole of the computation. And the last
-step, in front of which no transfer has to find room, does not wait for the end of the one before.
+So the first transfer, the longest to launch, comes behind a few of a rank's own rows, so that the GPU does not wait
+for the host, and before most others, so that NCCL does not wait for the whole of the computation. The last step, in
+front of which no transfer has to find room, does not wait for the end of the one before. And the own rows that see
+the fewest keys come last of all: their short blocks fill what the long ones of the last step leave idle as they end.
 
 In the backward pass the gradients of keys and values follow one step behind the keys they belong to, in fp32, and come
 home in the last step.
@@ -28,6 +29,7 @@ from flashcore.integrations.distributed import partial
 from flashcore.integrations.distributed.rows import Rows
 
 Kept = tuple[Tensor, ...]  # what a backward pass needs: q, k, v, out, lse
+_TILE = 128  # rows of the largest tile: no other cut between own rows costs a tile of its own
 
 
 class Ring:
@@ -153,15 +155,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
         )  # fmt: skip
         return part, lse
 
-    near, _ = call.rows.halves(ring.rank)
-    lses = []
-    for rows in (slice(near), slice(near, None)) if last else (slice(None),):
-        keys = slice(rows.stop if call.is_causal else None)  # of this rank's own, those up to the last row
-        lses.append(attend(rows, keys, call.is_causal, out[:, :, rows])[1])
-        if rows.stop:
+    near, far = call.rows.halves(ring.rank)
+    shortest = near * 3 // 4 // _TILE * _TILE
+    parts = [(shortest, near), (near, near + far), (0, shortest)] if last else [(0, near + far)]
+    lses = {}
+    for first, end in parts:
+        if first < end:
+            keys = slice(end if call.is_causal else None)  # of this rank's own, those up to the last row
+            lses[first] = attend(slice(first, end), keys, call.is_causal, out[:, :, first:end])[1]
+        if last and end == near:
             with beside.here():
                 works = ring.pass_on(here, coming)
-    lse = torch.cat(lses, 2)
+    lse = torch.cat([lses[first] for first in sorted(lses)], 2)
 
     # Between two joins nothing is rounded to 16 bits; two ranks join once, from the output into the output.
     sums = out if last < 2 else torch.empty_like(out, dtype=partial.precision_of(out.dtype))

@@ -72,9 +72,13 @@ def exact(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, is_causal: bool) -> lis
     return [out.detach(), lse.detach(), *torch.autograd.grad(out, leaves, grad.double().cpu())]
 
 
+@pytest.mark.parametrize("tile", [1, 3, 128])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(("ranks", "seqlen"), [(1, 7), (2, 9), (5, 10), (5, 37), (8, 64)])
-def test_any_number_of_ranks(ranks: int, seqlen: int, is_causal: bool) -> None:
+def test_any_number_of_ranks(
+    ranks: int, seqlen: int, is_causal: bool, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring, "_TILE", tile)
     inputs = tensors(4, 2, seqlen, 8, torch.float64, "cpu")
     for got, want in zip(around(ranks, *inputs, is_causal), exact(*inputs, is_causal), strict=True):
         assert (got - want).abs().max() < 1e-12
@@ -92,10 +96,12 @@ class MirrorRing(ring.Ring):
         return []
 
 
+@pytest.mark.parametrize("own_calls", [2, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_what_goes_beside(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind the first chunk the transfer, and the last step, which waits for the rest before it joins its part."""
+def test_what_goes_beside(ranks: int, own_calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the first call the transfer, and the last step, which waits for the rest before it joins its part."""
     log: list[str] = []
+    monkeypatch.setattr(ring, "_TILE", 1 if own_calls == 3 else 128)
 
     def logged(owner: Any, name: str) -> None:
         function = getattr(owner, name)
@@ -122,7 +128,7 @@ def test_what_goes_beside(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     middle = ["pass_on", "attention", "merge"] * (ranks - 2)
     others = [*middle, "beside:", "attention", "follow", "merge", "end"]
     first = ["follow", "attention"]
-    own = [*first, "beside:", "pass_on", "end", "attention"]
+    own = [*first, "beside:", "pass_on", "end", *["attention"] * (own_calls - 1)]
     assert log == ([*own, *others] if ranks > 1 else first) + ["join"]
 
 
