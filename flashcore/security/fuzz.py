@@ -37,10 +37,10 @@ from flashcore.testing import problems
 
 KIND_BITS = 32
 PER_KIND = 450  # problems of a kind, one after the other
-PER_KIND_ON_CPU = 10  # where nothing is compiled
+FEW_PER_KIND = 10  # where nothing is compiled, and of the control: a kind may have nothing of its fault in it
 KERNELS = 6  # compiled for a kind; problems that need a further one are passed over
 CONTROL = "base e for base 2"  # of flashcore/testing/mutants.py
-CONTROL_PROBLEMS = 300
+CONTROL_PROBLEMS = 100
 PATIENCE_S = 90.0  # without a word of a worker: the longest compilation takes a third of it
 ON_CPU = 40  # rows of a sequence: the interpreter takes a second for some hundred
 SHRINK = (4, 8, 16, 32, 64, 128)  # longest sequences that a failing problem is tried with
@@ -124,7 +124,7 @@ class _Journal:
 
 def work(
     journal: Path, seed: int, shard: int, count: int, seconds: float, device: str, longest: int, *, index: int = 0,
-    detail: int = 0,
+    detail: int = 0, per_kind: int = PER_KIND,
 ) -> int:
     """Run a shard's problems from kind number `index` and `detail` on; the exit status of its process."""
     torch.set_num_threads(1)
@@ -137,7 +137,7 @@ def work(
         if place < index:
             continue
         budget.renew()
-        for step in range(detail if place == index else 0, PER_KIND if device != "cpu" else PER_KIND_ON_CPU):
+        for step in range(detail if place == index else 0, per_kind):
             if done >= count or time.monotonic() > deadline:
                 said.flush()
                 return 0
@@ -381,6 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return work(
             options.work, options.seed, options.shards, options.problems, options.seconds, options.device,
             options.longest, index=index, detail=detail,
+            per_kind=FEW_PER_KIND if options.plant or options.device == "cpu" else PER_KIND,
         )  # fmt: skip
     if options.only is not None:
         torch.set_num_threads(1)
