@@ -21,7 +21,9 @@ KINDS: dict[str, tuple[str, str]] = {
     "audit-faults": ("After a fault the next call is right; only problems are launched", "flashcore audit faults"),
     "audit-tables": ("Hostile tuning tables and simultaneous starts break nothing", "flashcore audit tables"),
     "audit-sass": ("No branch and no address depends on q, k or v", "flashcore audit sass"),
-    "audit-timing": ("Time does not depend on what q, k and v hold", "flashcore audit timing"),
+    "audit-timing": (
+        "Cycles, and wall time on few blocks, do not depend on what q, k and v hold", "flashcore audit timing"
+    ),
 }
 NOT_RUN = {80: "A100", 89: "L4"}  # architecture -> the GPU that stands for it, of which there may be no record
 

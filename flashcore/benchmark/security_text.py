@@ -51,7 +51,7 @@ def _audit_row(row: Record) -> tuple[str, ...]:
 
 
 def timing(folder: Path) -> Iterator[str]:
-    """Both clocks, every pair of classes, and the controls."""
+    """Both clocks, every pair of classes, the controls, and what the clock of a busy GPU gives away."""
     records = results.newest(folder, "audit-timing")
     if not records:
         yield NOT_MEASURED
@@ -62,42 +62,69 @@ def timing(folder: Path) -> Iterator[str]:
         if (folder.parent / timing_plot.FOLDER / image).exists():
             yield f"![Difference of means and t of every pair](validation/{image})"
             yield ""
-        for clock, title in (("cycles", "Cycles inside an SM"), ("wall", "Wall time of the shipped kernels")):
-            entries = [entry for entry in record["cases"] if entry["clock"] == clock]
-            if clock == "cycles":
-                entries += record["controls"]
-            yield f"**{title}**"
+        cases, controls = record["cases"], record["controls"]
+        yield "**Cycles inside an SM**"
+        yield ""
+        header = ("Kernel", "Classes", "Measurements a class", "Mean", "Difference (95%)", "Largest t", "")
+        yield from _table(header, [_timing_row(e) for e in (*cases, *controls) if e["clock"] == "cycles"])
+        if "full" in record:
+            yield from _walls(f"on few blocks ({_blocks(cases)})", [*cases, *controls])
+            yield from _held(record)
+            full = record["full"]
+            yield from _walls(f"over the whole GPU ({_blocks(full)} blocks), which has no gate", full)
+        else:
+            full = cases
+            yield from _walls("over the whole GPU, which an earlier protocol gated", cases)
+            yield "On few blocks no wall time was measured yet: nothing is claimed of it."
             yield ""
-            if clock == "wall" and any("explained" in entry for entry in entries):
-                yield from _walls(record, entries)
-                continue
-            header = ("Kernel", "Classes", "Measurements a class", "Mean", "Difference (95%)", "Largest t", "")
-            yield from _table(header, [_timing_row(entry) for entry in entries])
+            yield from _held(record)
+        time, frequency = elapsed.given_away(full)
+        yield (
+            f"**What the clock gives away:** over the whole GPU classes differ in wall time by up to {time:.2%}, "
+            f"and in the frequency of the SMs by up to {frequency:.2%}."
+        )
+        yield ""
 
 
-def _walls(record: Record, entries: Sequence[Record]) -> Iterator[str]:
+def _blocks(entries: Sequence[Record]) -> str:
+    counts = sorted({entry["blocks"] for entry in entries if "blocks" in entry})
+    return " or ".join(f"{count:,}" for count in counts)
+
+
+def _walls(where: str, entries: Sequence[Record]) -> Iterator[str]:
     """Wall time, the cycles elapsed in the same graphs and the frequency that they give, in one row a pair."""
+    yield f"**Wall time of the shipped kernels {where}**"
+    yield ""
     header = ("Kernel", "Classes", "Measurements a class", "Wall time", "Largest t", "Elapsed cycles", "Largest t",
               "SM frequency", "")  # fmt: skip
-    beside = {(e["clock"], e["kernel"], e["pair"]): e for e in record["cases"]}
+    beside = {(e["clock"], e["kernel"], e["pair"], e.get("control")): e for e in entries}
     rows = []
-    for wall in entries:
-        cycles, rate = (beside.get((clock, wall["kernel"], wall["pair"])) for clock in ("elapsed", "frequency"))
-        *named, mean, difference, largest, verdict = _timing_row(wall)
+    for wall in (entry for entry in entries if entry["clock"] == "wall"):
+        named = wall["kernel"], wall["pair"], wall.get("control")  # a control has to show in wall time alone
+        cycles, rate = (beside.get((clock, *named)) for clock in ("elapsed", "frequency"))
+        *subject, mean, difference, largest, verdict = _timing_row(wall)
         if cycles and not cycles["even"]:
-            verdict += ", **elapsed cycles differ**"
-        if sum(wall["dropped"]):
-            verdict += f", {sum(wall['dropped']):,} readings dropped"
+            verdict += ", **elapsed cycles differ**" if cycles["gated"] else ", elapsed cycles differ"
+        if lost := sum(wall.get("dropped", ())):
+            verdict += f", {lost:,} readings dropped"
+        if slow := sum(wall.get("slow", ())):
+            verdict += f", {slow:,} disturbed"
         rows.append((
-            *named, f"{mean}, {difference}", largest, _beside(cycles), f"{cycles['largest_t']:.2f}" if cycles else "-",
-            _beside(rate), verdict,
+            *subject, f"{mean}, {difference}", largest,
+            _beside(cycles), f"{cycles['largest_t']:.2f}" if cycles else "-", _beside(rate), verdict,
         ))  # fmt: skip
     yield from _table(header, rows)
+
+
+def _held(record: Record) -> Iterator[str]:
+    """How many gates hold, by clock."""
+    said = []
+    for clock, name in (("cycles", "cycles inside an SM"), ("wall", "wall time"), ("elapsed", "elapsed cycles")):
+        every, held, _ = elapsed.gates({"cases": [e for e in record["cases"] if e["clock"] == clock]})
+        said.append(f"{held} of {every} of {name}")
     every, held, explained = elapsed.gates(record)
-    yield (
-        f"{held} of all {every} gates hold, those of cycles inside an SM among them; of the {every - held} others "
-        f"{explained} differ by the clock, not the cycles."
-    )
+    missed = f" Of the {every - held} others {explained} differ by the clock, not the cycles." if held < every else ""
+    yield f"Gates that hold: {', '.join(said)}.{missed}"
     yield ""
 
 
@@ -119,7 +146,8 @@ def timing_batch(folder: Path) -> Iterator[str]:
 
 def _machine(gpu: str, record: Record) -> Iterator[str]:
     e = record["environment"]
-    timed = [state for part in ("cases", "batch") for entry in record[part] for state in entry.get("gpu_states", ())]
+    entries = [entry for part in ("cases", "controls", "full", "batch") for entry in record.get(part, ())]
+    timed = [state for entry in entries for state in entry.get("gpu_states", ())]
     held = ", ".join(machine.throttled([*record["gpu_states"], *timed]))
     yield (
         f"{gpu}, {e['recorded'][:10]}, driver {e['driver'] or 'unknown'}, CUDA {e['cuda']}, PyTorch {e['torch']}, "

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 FOLDER = plots.FOLDER
-COLOURS = {"cycles": plots.OURS, "wall": "#E69F00", "elapsed": "#009E73", "frequency": "#CC79A7", "control": "#D55E00"}
+COLOURS = {"cycles": plots.OURS, "wall": "#E69F00", "elapsed": "#009E73", "full": "#CC79A7", "control": "#D55E00"}
 NAMES = {
     "cycles": "cycles inside an SM", "wall": "wall time", "elapsed": "cycles of whole calls",
-    "frequency": "SM frequency meanwhile", "control": "control: conditional rescale",
+    "full": "wall time at full load, no gate", "control": "control: conditional rescale",
 }  # fmt: skip
-MARKERS = {"cycles": "o", "wall": "s", "elapsed": "D", "frequency": "v", "control": "X"}
+MARKERS = {"cycles": "o", "wall": "s", "elapsed": "D", "full": "v", "control": "X"}
 
 
 def filename(record: Record) -> str:
@@ -39,7 +39,9 @@ def draw(record: Record) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
-    entries = [(entry, entry["clock"]) for entry in record["cases"]] + [(e, "control") for e in record["controls"]]
+    entries = [(e, e["clock"]) for e in record["cases"] if e["clock"] != "frequency"]  # which has no gate
+    entries += [(e, "control") for e in record["controls"]]
+    entries += [(e, "full") for e in record.get("full", ()) if e["clock"] == "wall"]
     limits = record["protocol"]
     with rc_context({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(plots.WIDTH, 2.6 + 0.34 * len(entries)), dpi=plots.DPI, layout="constrained")

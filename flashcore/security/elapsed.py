@@ -64,7 +64,7 @@ def compare(readings: Readings, classes: Sequence[Sequence[bool]], calls: int) -
         return None
     cycles = [[each.cycles / calls if each else math.nan for each in reads] for reads in readings]
     megahertz = [[1e3 * each.cycles / each.ns if each else math.nan for each in reads] for reads in readings]
-    return Clocks(leakage.compare(cycles, classes), leakage.compare(megahertz, classes))
+    return Clocks(*(leakage.compare(each, classes, replays=True) for each in (cycles, megahertz)))
 
 
 def step(readings: Readings) -> int:
@@ -82,6 +82,15 @@ def explained(wall: Leak, clocks: Clocks | None) -> bool:
     certain = frequency.low > 0 or frequency.high < 0
     opposite = frequency.relative * wall.relative < 0
     return certain and opposite and abs(frequency.relative) >= SHARE * abs(wall.relative)
+
+
+def given_away(entries: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """The largest difference of wall time and of the frequency, as shares: what can be read off the clock."""
+    wall, frequency = (
+        max((abs(entry["relative"]) for entry in entries if entry["clock"] == clock), default=0.0)
+        for clock in ("wall", "frequency")
+    )
+    return wall, frequency
 
 
 def gates(record: dict[str, Any]) -> tuple[int, int, int]:

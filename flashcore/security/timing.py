@@ -6,15 +6,19 @@ cycles  Each block's own, read from its SM's clock inside an instrumented copy o
         computes one (batch, head), whose class is drawn anew for every launch: every launch gives measurements of both
         classes, one block on each SM.
 wall    Of the shipped kernel: replays of a CUDA graph of calls that all compute one class, in random order. The clock
-        is read inside the graph, since a host that is held up lets the GPU idle; between replays it rests, since a GPU
-        at its power limit lowers its clock by what the data draw. Probes in the same graph (probe.py) tell whether
-        what is left of a difference lies in the cycles or in the clock (elapsed.py).
+        is read inside the graph, since a host that is held up lets the GPU idle. Probes in the same graph (probe.py)
+        tell whether a difference lies in the cycles or in the clock (elapsed.py).
+
+What the data draw moves the clock of a busy GPU, within microseconds, by far more than the limit: there wall time tells
+of the clock and not of the kernel. So it is compared twice. On few blocks, behind calls that are the same for either
+class, so that neither the current nor what went before depends on the class: that is gated. And over the whole GPU,
+behind calls of the same class, which shows what the clock gives away: that is published.
 
 The class is no address: for either one the same memory is read and written before the kernel runs (classes.Either), so
 that a time can't depend on where the values came from.
 
-In the same run the copy with a conditional rescale planted in it has to show what a leak looks like. At last the time
-of a whole batch is compared by the content of one of its sequences, and by its length, which is public.
+In the same run a conditional rescale planted in what is timed has to show, by either clock, what a leak looks like. At
+last the time of a whole batch is compared by the content of one of its sequences, and by its length, which is public.
 """
 
 from __future__ import annotations
@@ -47,11 +51,15 @@ from flashcore.measure import clocks, machine
 from flashcore.security import elapsed, leakage
 from flashcore.security.classes import PAIRS, Draw, Either, Inputs, Sizes
 from flashcore.security.elapsed import Reading, Reads
+from flashcore.security.leakage import Leak
 
 # A block for each (batch, head), four or more tiles of keys each. No more blocks than an H100 has SMs: beside others a
 # block's left-out step hides, since theirs fill the gap (the planted rescale then moved the mean by 0.04%). Three times
 # its 9 MB, for what is shown and the two classes, stay within half of an H100's L2.
 INSIDE = Sizes(8, 8, 64, 512, 64)
+# The fewest blocks: of two items, as one input for all is no class of its own where there is but one. A block for each,
+# as inside: in what is chosen for so few, of 16 rows, a skipped rescale is too short for a branch, and was no control.
+QUIET = Sizes(1, 2, 64, 512, 64)
 WHOLE = Sizes(8, 8, 256, 512, 64)  # two blocks an SM, which draw less power than a full one
 BATCHES = (1, 8, 32)
 IN_BATCH = Sizes(32, 8, 512, 512, 64)
@@ -60,12 +68,13 @@ SHORT = 64  # keys of the sequence whose length is compared with a full one's
 REFRESH = 64  # launches on the same drawn values, in one graph
 GROUP = 32  # wall times in a row, half of them of each class, whose median is taken off as a drift
 WARM_UP = 5  # such groups before the first that counts: an idle GPU takes a while to reach its clock
-LEAD = 5  # calls in front of those that are timed: they bring the data in and the current up
+LEAD = 5  # calls in front of those that are timed: they bring the kernel in and the current up
 CALLS = 10  # in a graph that are timed
 PAUSE = 0.8e-3  # seconds of rest behind a graph of about 0.1 ms: back to back they held an H100 at its 700 W
 CYCLES_A_WALL, CYCLES_A_BATCH = 640, 1000  # measurements of cycles for each of wall time, which take far longer
+WALLS_A_FULL = 2  # measurements of wall time for each at full load, whose differences are large
 DEVICE = "cuda"
-UNGATED = {("wall", "zeros/random")}  # what they differ by comes from power, and is published
+CONTROLLED = {"": tuple(PAIRS), "rescale": ("rising/falling",)}  # what is planted -> the pairs it is measured on
 
 Record = dict[str, Any]
 
@@ -127,12 +136,13 @@ def inside(
 
 def wall(
     show: Callable[[bool], object], call: Callable[[], object], measurements: int, generator: torch.Generator,
-    device: clocks.Device | None = None, *, probe: Reads | None = None,
+    device: clocks.Device | None = None, *, lead: Callable[[], object] | None = None, probe: Reads | None = None,
     each: Callable[[int], object] = lambda turn: None, pause: Callable[[float], object] = time.sleep,
 ) -> Walls:
     """At least `measurements` of each class of the time of `call`; `show` sets the class.
 
     Args:
+        lead: called in front of what is timed; without it `call`, of the same class.
         probe: launched right behind the first reading of the time and right in front of the last: both are timed too.
         each: called in front of every group with its number, negative where it does not count.
     """
@@ -141,10 +151,11 @@ def wall(
     timed: list[Callable[[], object]] = [call] * CALLS
     if probe:
         timed = [probe.before, *timed, probe.after]
-    for each_call in dict.fromkeys((call, *timed)):  # loads every kernel, which belongs before a capture
+    lead = lead or call
+    for each_call in dict.fromkeys((lead, *timed)):  # loads every kernel, which belongs before a capture
         each_call()
     device.synchronize()
-    replay = device.capture([*[call] * LEAD, start.record, *timed, end.record])
+    replay = device.capture([*[lead] * LEAD, start.record, *timed, end.record])
     walls = Walls([], [], [])
     for group in range(-WARM_UP, math.ceil(2 * measurements / GROUP)):
         each(group)
@@ -233,20 +244,24 @@ class Run:
                 "seed": seed, "inside": INSIDE.query[:2],
                 "seqlen_q": INSIDE.seqlen_q, "seqlen_k": INSIDE.seqlen_k, "head_dim": INSIDE.head_dim,
                 "whole": [WHOLE.batch, WHOLE.heads, WHOLE.seqlen_q, WHOLE.seqlen_k],
+                "quiet": [QUIET.batch, QUIET.heads, QUIET.seqlen_q, QUIET.seqlen_k],
+                "full_measurements": walls // WALLS_A_FULL, "slow": leakage.SLOW,
+                "disturbed_limit": leakage.DISTURBED,
                 "in_batch": list(IN_BATCH.query[1:]), "short": SHORT, "refresh": REFRESH, "lead": LEAD, "calls": CALLS,
                 "pause_us": PAUSE * 1e6, "t_limit": leakage.T_LIMIT, "t_control": leakage.T_CONTROL,
                 "relative_limit": leakage.RELATIVE_LIMIT, "confidence": leakage.CONFIDENCE,
                 "moved_limit": elapsed.MOVED, "explaining_share": elapsed.SHARE,
             },
-            "gpu_states": [machine.gpu_state()], "cases": [], "controls": [], "batch": [],
+            "gpu_states": [machine.gpu_state()], "cases": [], "controls": [], "full": [], "batch": [],
         }  # fmt: skip
 
     def everything(self, *, batch: bool) -> Record:
         """Both clocks for every kernel, the controls, and the batches where asked."""
         for kernel in select.KERNELS:
             self._cycles(kernel)
-        for kernel in select.KERNELS:
-            self._wall(kernel)
+        for quiet in (True, False):
+            for kernel in select.KERNELS:
+                self._wall(kernel, quiet=quiet)
         if batch:
             for size in BATCHES:
                 self._batch(replace(IN_BATCH, batch=size))
@@ -267,7 +282,7 @@ class Run:
         if config is None:
             return
         binding = launcher.bind(problem, config, INSIDE.head_dim**-0.5, self._target)
-        for control, names in (("", tuple(PAIRS)), ("rescale", ("rising/falling",))):
+        for control, names in CONTROLLED.items():
             blocks = math.prod(binding.grid)
             assert blocks == INSIDE.batch * INSIDE.heads, binding.grid
             cycles = torch.zeros(blocks, dtype=torch.int64, device=DEVICE)
@@ -286,53 +301,79 @@ class Run:
                 leak = leakage.compare(*samples)
                 entry = {"kernel": kernel, "config": _named(config), "clock": "cycles", "pair": name}
                 if control:
-                    caught = abs(leak.t) > leakage.T_CONTROL
-                    self._add("controls", {**entry, "control": control, **leak.as_json(), "ok": caught})
+                    self._control({**entry, "control": control}, leak)
                 else:
                     self._add("cases", {**entry, **leak.as_json(), "gated": True, "ok": leak.even})
 
-    def _wall(self, kernel: str) -> None:
+    def _wall(self, kernel: str, *, quiet: bool) -> None:
         from flashcore.launch import launcher
-        from flashcore.security import probe
+        from flashcore.security import controls, probe
 
-        problem = problem_of(WHOLE)
+        sizes = QUIET if quiet else WHOLE
+        problem = problem_of(sizes)
         try:
-            config = select.select(problem, self._target, backend=kernel)
+            whole = select.select(problem, self._target, backend=kernel)
         except UnsupportedError:
             return
-        shipped = Kernel(launcher.bind(problem, config, WHOLE.head_dim**-0.5, self._target), self._target, WHOLE)
-        either, reads = Either(shipped.inputs), probe.Probe(DEVICE)
-        for name, draw in PAIRS.items():
-            either.hold(*draw(WHOLE, self._generator))
-            walls, states = self._timed(_values(either), shipped, self._walls, reads)
-            leak = leakage.compare(walls.times, walls.classes)
-            found = elapsed.compare(walls.readings, walls.classes, CALLS)
-            gated = ("wall", name) not in UNGATED
-            entry = {"kernel": kernel, "config": _named(config), "pair": name}
-            told = {
-                "clock": "wall", "gpu_states": states, "explained": elapsed.explained(leak, found),
-                "dropped": elapsed.dropped(walls.readings, walls.classes),
-                "moved": elapsed.moved(walls.readings) > elapsed.MOVED,
-            }  # fmt: skip
-            self._add("cases", {**entry, **told, **leak.as_json(), "gated": gated, "ok": leak.even or not gated})
-            if found is None:
-                continue
-            cycles, rate = ({**entry, "clock": name, **part.as_json()} for name, part in found._asdict().items())
-            self._add("cases", {**cycles, "gated": True, "ok": found.elapsed.even})
-            self._add("cases", {**rate, "step_ns": elapsed.step(walls.readings), "gated": False, "ok": True})
+        config = one_block_an_item(kernel, problem, self._target) if quiet else whole
+        if config is None:
+            return
+        shipped = launcher.bind(problem, config, sizes.head_dim**-0.5, self._target)
+        for control, names in CONTROLLED.items() if quiet else [("", tuple(PAIRS))]:
+            binding = controls.planted(shipped, kernel, control) if control else shipped
+            timed, reads = Kernel(binding, self._target, sizes), probe.Probe(DEVICE)
+            lead = Kernel(binding, self._target, sizes) if quiet else timed
+            either, both = Either(timed.inputs), Either(lead.inputs)
+            for name in names:
+                walls, states = self._timed(
+                    _values(either), timed, self._walls if quiet else self._walls // WALLS_A_FULL,
+                    lead=lead, probe=reads, fresh=partial(self._fresh, PAIRS[name], sizes, either, both),
+                )  # fmt: skip
+                leak = leakage.compare(walls.times, walls.classes, replays=True)
+                entry = {"kernel": kernel, "config": _named(config), "pair": name, "blocks": math.prod(binding.grid)}
+                told: Record = {"clock": "wall", "gpu_states": states}
+                if control:
+                    self._control({**entry, **told, "control": control}, leak)
+                    continue
+                found = elapsed.compare(walls.readings, walls.classes, CALLS)
+                told |= {
+                    "explained": elapsed.explained(leak, found),
+                    "dropped": elapsed.dropped(walls.readings, walls.classes),
+                    "moved": elapsed.moved(walls.readings) > elapsed.MOVED,
+                }
+                part = "cases" if quiet else "full"
+                self._add(part, {**entry, **told, **leak.as_json(), "gated": quiet, "ok": leak.even or not quiet})
+                if found is None:
+                    continue
+                cycles, rate = ({**entry, "clock": clock, **each.as_json()} for clock, each in found._asdict().items())
+                self._add(part, {**cycles, "gated": quiet, "ok": found.elapsed.even or not quiet})
+                self._add(part, {**rate, "step_ns": elapsed.step(walls.readings), "gated": False, "ok": True})
+
+    def _fresh(self, draw: Draw, sizes: Sizes, either: Either, both: Either) -> None:
+        """Draw new values for either class; `both` shows heads of each class by turns."""
+        drawn = draw(sizes, self._generator)
+        for each in (either, both):
+            each.hold(*drawn)
+        both.show(-(torch.arange(sizes.heads, device=DEVICE) % 2).view(1, -1, 1, 1))
 
     def _timed(
-        self, show: Callable[[bool], object], kernel: Kernel, measurements: int, probe: Reads | None = None
-    ) -> tuple[Walls, list[Record]]:
-        """Wall times; and what the GPU's clock did, before the first time that counts and behind the last."""
+        self, show: Callable[[bool], object], kernel: Kernel, measurements: int, *, lead: Kernel | None = None,
+        probe: Reads | None = None, fresh: Callable[[], object] = lambda: None,
+    ) -> tuple[Walls, list[Record]]:  # fmt: skip
+        """Wall times; and what the GPU's clock did, before the first time that counts and behind the last.
+
+        Args:
+            fresh: draws new values, in front of every group of times.
+        """
         states = []
 
         def each(group: int) -> None:
             self._in_time()
+            fresh()
             if group == 0:
                 states.append(machine.gpu_state())
 
-        walls = wall(show, kernel, measurements, self._order, probe=probe, each=each)
+        walls = wall(show, kernel, measurements, self._order, lead=lead, probe=probe, each=each)
         states.append(machine.gpu_state())
         return walls, states
 
@@ -357,11 +398,14 @@ class Run:
                 either.hold(*PAIRS[name](replace(sizes, batch=1), self._generator))
                 show = _values(either)
             walls, states = self._timed(show, kernel, self._batch_walls)
-            leak = leakage.compare(walls.times, walls.classes)
+            leak = leakage.compare(walls.times, walls.classes, replays=True)
             label = f"{SHORT}/{sizes.seqlen_k} keys" if by_length else name
             entry = {"kernel": config.kernel, "config": _named(config), "clock": "wall", "batch": sizes.batch}
             entry |= {"pair": label, "public": by_length, "gpu_states": states}
             self._add("batch", {**entry, **leak.as_json()})
+
+    def _control(self, entry: Record, leak: Leak) -> None:
+        self._add("controls", {**entry, **leak.as_json(), "ok": leak.largest_t > leakage.T_CONTROL})
 
     def _add(self, part: str, entry: Record) -> None:
         self.record[part].append(entry)
@@ -385,7 +429,7 @@ def _named(config: Config) -> str:
 
 def row(part: str, entry: Record) -> str:
     """One comparison as a line."""
-    subject = f"batch of {entry['batch']}" if part == "batch" else entry["clock"]
+    subject = {"batch": "batch of {batch}", "full": "{clock}, full"}.get(part, "{clock}").format(**entry)
     if part == "controls":
         verdict = "caught" if entry["ok"] else "MISSED"
     elif part == "batch":
@@ -397,7 +441,7 @@ def row(part: str, entry: Record) -> str:
     name = f"{entry['kernel']} {entry['config']}" + (f" + {entry['control']}" if part == "controls" else "")
     percent = [f"{100 * entry[key]:+.4f}" for key in ("relative", "relative_low", "relative_high")]
     return (
-        f"{name:34} {subject:12} {entry['pair']:17} n {min(entry['measurements']):>9,}  mean {entry['mean']:>10.2f}"
+        f"{name:34} {subject:15} {entry['pair']:17} n {min(entry['measurements']):>9,}  mean {entry['mean']:>10.2f}"
         f"  {percent[0]:>8}% ({percent[1]} to {percent[2]})  |t| {entry['largest_t']:8.2f}  {verdict}"
         f"{_clock(entry.get('gpu_states', ()))}"
     )
@@ -421,15 +465,20 @@ def passed(record: Record) -> bool:
 def summary(record: Record) -> list[str]:
     """The closing lines."""
     every, held, explained = elapsed.gates(record)
-    timed = [entry for part in ("cases", "batch") for entry in record[part] if "gpu_states" in entry]
+    every_part = [entry for part in ("cases", "controls", "full", "batch") for entry in record[part]]
+    timed = [entry for entry in every_part if "gpu_states" in entry]
     slowed = sum(bool(machine.throttled(entry["gpu_states"])) for entry in timed)
-    probed = [entry for entry in record["cases"] if "dropped" in entry]
+    probed = [entry for entry in every_part if "dropped" in entry]
+    slow, times = (sum(sum(entry[name]) for entry in timed) for name in ("slow", "measurements"))
+    of_time, of_clock = elapsed.given_away(record["full"])
     gone, read = (sum(sum(entry[name]) for entry in probed) for name in ("dropped", "measurements"))
     moved = sum(entry["moved"] for entry in probed)
     return [
         f"{held} of {every} gates hold: |t| < {leakage.T_LIMIT}, the interval within ±0.1%",
         f"{explained} of the {every - held} others differ by the clock: as many cycles, at another frequency",
         f"{sum(e['ok'] for e in record['controls'])} of {len(record['controls'])} controls caught: |t| > 10",
+        f"over the whole GPU, no gate: wall time differs by up to {of_time:.2%}, the frequency by up to {of_clock:.2%}",
+        f"{slow:,} of {times:,} wall times were disturbed: to t they count, to the interval they do not",
         f"{slowed} of {len(timed)} comparisons by wall time on a GPU that something held back",
         f"{gone:,} of {read:,} elapsed cycles dropped, as the probes ran on two SMs; "
         f"in {moved} comparisons more than {elapsed.MOVED:.0%}",

@@ -32,39 +32,52 @@ def test_without_a_record_it_says_that_nothing_was_measured(root: Path) -> None:
     assert text.count(security_text.NOT_MEASURED) == 2 and "No audit was recorded yet." in text
 
 
+def table(text: str, title: str) -> list[str]:
+    """The rows under a title."""
+    behind = text[text.index(f"**{title}") :].split("\n\n")[1]
+    return [line for line in behind.splitlines() if line.startswith("| hopper")]
+
+
 def test_a_timing_record_fills_both_tables(root: Path) -> None:
     results.write(root / "results" / "audit-timing-h100.json", records.timing())
     text = written(root)
     assert security_text.NOT_MEASURED not in text
-    rows = [line for line in text.splitlines() if line.startswith("| hopper")]
-    assert [row.rsplit("|", 2)[1].strip() for row in rows] == ["even", "**differs**", "caught", "differs, no gate"]
+    rows = table(text, "Cycles inside an SM")
+    assert [row.rsplit("|", 2)[1].strip() for row in rows] == ["even", "**differs**", "caught"]
     assert "+0.500% (+0.480 to +0.520)" in rows[1] and "999,900" in rows[0] and "control: rescale" in rows[2]
     assert "held back by software power cap" in text and "| 8 | 64/512 keys (public) |" in text
     assert "audit-timing-h100.png" not in text, "not drawn"
 
 
 def test_wall_time_stands_beside_elapsed_cycles_and_frequency(root: Path) -> None:
-    results.write(root / "results" / "audit-timing-h100.json", records.probed())
+    results.write(root / "results" / "audit-timing-h100.json", records.timing())
     text = written(root)
-    table = text[text.index("**Wall time") : text.index("gates hold")]
-    rows = [line for line in table.splitlines() if line.startswith("| hopper")]
-    assert len(rows) == 3, "one a pair"
+    rows = table(text, "Wall time of the shipped kernels on few blocks (2 or 8)")
+    assert len(rows) == 4, "one a pair, and the control"
     assert rows[0].endswith("| differs: the clock, not the cycles, 3 readings dropped |")
     for part in ("µs, +1.000% (+0.980 to +1.020)", "cycles, +0.000% (-0.020", "MHz, -1.000% (-1.020 to -0.980)"):
         assert part in rows[0]
     assert "13,000.0 cycles, +1.000%" in rows[1] and rows[1].endswith("| **differs**, **elapsed cycles differ** |")
-    assert rows[2].endswith("| - | - | - | even, 1,998,000 readings dropped |")
-    assert "3 of all 6 gates hold" in text and "of the 3 others 1 differ by the clock, not the cycles" in text
+    assert rows[2].endswith("| - | - | - | even, 1,998,000 readings dropped, 9 disturbed |")
+    assert "control: rescale" in rows[3] and rows[3].endswith("| 40.00 | - | - | - | caught |"), "not the pair's own"
+    held = "1 of 2 of cycles inside an SM, 1 of 3 of wall time, 1 of 2 of elapsed cycles."
+    assert held in text and "Of the 4 others 1 differ by the clock, not the cycles." in text
 
 
-def test_the_record_from_before_the_probes_is_still_shown(root: Path) -> None:
-    old = Path(__file__).parents[2] / "results" / "audit-timing-h100-2026-11-28.json"
-    record = json.loads(old.read_text())
-    if any("explained" in case for case in record["cases"]):
-        pytest.skip("replaced by a newer one")
-    (root / "results" / old.name).write_text(old.read_text())
+def test_what_the_clock_gives_away_is_told_and_has_no_gate(root: Path) -> None:
+    record = records.timing()
+    results.write(root / "results" / "audit-timing-h100.json", record)
     text = written(root)
-    assert "| Kernel | Classes | Measurements a class | Mean |" in text and "gates hold" not in text
+    (row,) = table(text, "Wall time of the shipped kernels over the whole GPU (256 blocks), which has no gate")
+    assert row.endswith("| differs, no gate, elapsed cycles differ |")
+    given_away = "classes differ in wall time by up to {}, and in the frequency of the SMs by up to {}."
+    assert given_away.format("2.00%", "1.50%") in text
+    del record["full"]
+    results.write(root / "results" / "audit-timing-h100.json", record)
+    text = written(root)
+    assert len(table(text, "Wall time of the shipped kernels over the whole GPU, which an earlier protocol gated")) == 3
+    assert given_away.format("1.00%", "1.00%") in text
+    assert "on few blocks" not in text and "On few blocks no wall time was measured yet" in text
 
 
 def test_a_clock_that_was_held_back_is_told(root: Path) -> None:
@@ -75,7 +88,7 @@ def test_a_clock_that_was_held_back_is_told(root: Path) -> None:
     results.write(root / "results" / "audit-timing-h100.json", record)
     text = written(root)
     assert ", held back by software thermal slowdown;" in text
-    assert "differs, no gate, clock held back by software thermal slowdown |" in text
+    assert "the clock, not the cycles, clock held back by software thermal slowdown, 3 readings dropped |" in text
     assert "| even |" in text
 
 
@@ -104,7 +117,7 @@ def test_the_timing_audit_is_drawn_and_shown(root: Path, capsys: pytest.CaptureF
     pytest.importorskip("matplotlib")
     pytest.importorskip("PIL")
     file = root / "results" / "audit-timing-h100.json"
-    results.write(file, records.probed())
+    results.write(file, records.timing())
     out = root / timing_plot.FOLDER
     assert timing_plot.main([str(file), "--out", str(out)]) == 0
     image = out / "audit-timing-h100.png"

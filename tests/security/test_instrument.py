@@ -15,7 +15,7 @@ from flashcore.core.target import A100, H100, L4, Target
 from flashcore.launch import compiled, launcher
 from flashcore.launch.binding import Binding
 from flashcore.launch.packet import Template, runtime
-from flashcore.security import instrument, sass, taint, timing
+from flashcore.security import controls, instrument, sass, taint, timing
 
 KERNELS = [("portable", A100), ("portable", L4), ("portable", H100), ("hopper", H100)]
 
@@ -51,6 +51,18 @@ def test_the_clock_is_read_before_the_first_load_and_behind_the_last_store(
     found = taint.analyse(code)
     assert bool(found.count("branch")) == bool(control), found.findings
     assert math.prod(binding.grid) == timing.INSIDE.batch * timing.INSIDE.heads
+
+
+@pytest.mark.parametrize(("kernel", "target"), KERNELS)
+def test_the_control_of_wall_time_is_the_shipped_kernel_with_a_branch_on_data(kernel: str, target: Target) -> None:
+    problem = timing.problem_of(timing.QUIET)
+    config = timing.one_block_an_item(kernel, problem, target)
+    assert config and config.block_n <= timing.QUIET.seqlen_k // 4, "a maximum that rises does so several times"
+    shipped = launcher.bind(problem, config, 0.125, target)
+    assert math.prod(shipped.grid) == 2
+    for binding, branches in ((shipped, 0), (controls.planted(shipped, kernel, "rescale"), 1)):
+        code = sass.parse(sass.disassemble(compiled.compile_for(binding, target.arch).cubin))
+        assert taint.analyse(code).count("branch") == branches
 
 
 def test_the_address_of_the_cycles_is_passed_first() -> None:

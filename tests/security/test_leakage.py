@@ -85,3 +85,35 @@ def test_what_is_missing_is_left_out() -> None:
     assert sum(found.measurements) == (~gone).sum() and found.t > 10
     assert found.difference == pytest.approx(whole.difference, rel=0.1)
     assert found.mean == pytest.approx(whole.mean, rel=1e-3)
+
+
+def replays(shift: float = 0.0, disturbed: float = 0.005, of_class=(0, 1), seed: int = 0):
+    """1,600 wall times of each class with a deviation of 0.2%; a share of some classes' takes half as long again."""
+    rng = numpy.random.default_rng(seed)
+    classes = numpy.stack([rng.permutation(32) < 16 for _ in range(100)])
+    values = rng.normal(5, 0.01, classes.shape) * (1 + shift * classes)
+    return values + 2.5 * (rng.random(classes.shape) < disturbed) * numpy.isin(classes, of_class), classes
+
+
+def test_disturbed_measurements_widen_no_interval_and_count_to_t() -> None:
+    raw, found = leakage.compare(*replays()), leakage.compare(*replays(), replays=True)
+    assert not raw.even and raw.slow == (0, 0) and found.even and 5 < sum(found.slow) < 30
+    assert abs(found.t - raw.t) < 0.1 and found.measurements == raw.measurements
+    assert found.mean < raw.mean and found.high - found.low < (raw.high - raw.low) / 5
+    clean = replays(disturbed=0)
+    assert leakage.compare(*clean, replays=True).slow == (0, 0)
+
+
+@pytest.mark.parametrize("shift", [0.002, 0.5])
+def test_a_shift_is_found_beside_disturbed_measurements_and_is_none(shift: float) -> None:
+    found = leakage.compare(*replays(shift), replays=True)
+    assert not found.even and found.largest_t > 10
+    assert found.relative == pytest.approx(shift / (1 + shift / 2), rel=0.2) and sum(found.slow) < 30
+    assert all(numpy.isfinite(t) for t in found.cropped.values()), "where a class is cropped away there is no t"
+
+
+def test_disturbances_of_one_class_or_too_many_of_them_are_not_even() -> None:
+    one = leakage.compare(*replays(disturbed=0.03, of_class=(1,)), replays=True)
+    assert one.largest_t > leakage.T_LIMIT and one.slow[0] == 0 and abs(one.relative) < leakage.RELATIVE_LIMIT
+    often = leakage.compare(*replays(disturbed=0.03), replays=True)
+    assert often.largest_t < leakage.T_LIMIT and not often.even

@@ -97,7 +97,11 @@ class Clock:
     """A GPU whose time passes as it is told; as clocks.Device. What is captured runs when it is replayed."""
 
     def __init__(self) -> None:
-        self.now = 0.0
+        self.now = self.cycles = 0.0
+
+    def work(self, cycles: float, mhz: float) -> None:
+        self.cycles += cycles
+        self.now += cycles / mhz
 
     def event(self, *, in_graph: bool = False) -> Clock.Event:
         return Clock.Event(self)
@@ -243,7 +247,7 @@ class Probed:
     """A GPU whose calls take `more` times the cycles, at `faster` times the frequency, in class 1; and its probe."""
 
     def __init__(self, more: float = 1.0, faster: float = 1.0, lost: int = 0) -> None:
-        self.clock, self.is_one, self.cycles = Clock(), False, 0.0
+        self.clock, self.is_one = Clock(), False
         self._more, self._faster, self._lost = more, faster, lost
         self._noise, self._seen, self._turn = generator(), [], 0
         self.order: list[str] = []
@@ -253,16 +257,15 @@ class Probed:
 
     def call(self) -> None:
         cycles = (10_000 + 20 * float(torch.randn((), generator=self._noise))) * (self._more if self.is_one else 1.0)
-        self.cycles += cycles
-        self.clock.now += cycles / (2000 * (self._faster if self.is_one else 1.0))
+        self.clock.work(cycles, 2000 * (self._faster if self.is_one else 1.0))
         self.order.append("call")
 
     def before(self) -> None:
-        self._seen = [(self.cycles, self.clock.now)]
+        self._seen = [(self.clock.cycles, self.clock.now)]
         self.order.append("before")
 
     def after(self) -> None:
-        self._seen.append((self.cycles, self.clock.now))
+        self._seen.append((self.clock.cycles, self.clock.now))
         self.order.append("after")
 
     def reading(self) -> Reading | None:
@@ -339,6 +342,13 @@ def test_readings_of_two_sms_are_dropped_and_counted() -> None:
     assert elapsed.dropped(walls.readings, walls.classes) == [64, 64]
 
 
+def test_what_leads_is_called_in_front_alone() -> None:
+    order: list[str] = []
+    timing.wall(lambda is_one: order.clear(), lambda: order.append("call"), 1, generator(), Clock(),
+                lead=lambda: order.append("lead"), pause=lambda seconds: None)  # fmt: skip
+    assert order == ["lead"] * timing.LEAD + ["call"] * timing.CALLS
+
+
 def test_the_timer_s_step_is_what_all_its_readings_share() -> None:
     assert elapsed.step([[Reading(1, 96), None], [Reading(1, 64), Reading(1, 160)]]) == 32
 
@@ -386,18 +396,22 @@ def test_a_run_passes_only_whole_with_every_gate_and_every_control() -> None:
         assert not timing.passed(good | bad)
 
 
-def test_closing_lines_count_gates_and_what_the_clock_explains() -> None:
-    wall = {"clock": "wall", "gpu_states": [{}], "moved": False}
+def test_closing_lines_count_gates_and_what_the_clock_explains_and_gives_away() -> None:
+    wall = {"clock": "wall", "gpu_states": [{}], "moved": False, "slow": [1, 0]}
     cases = [
         entry(), entry(clock="elapsed"), entry(clock="frequency", gated=False),
         entry(ok=False, explained=True, dropped=[1, 2], **wall),
         entry(ok=False, explained=False, dropped=[0, 0], **wall),
-        entry(gated=False, explained=True, dropped=[0, 0], **wall | {"moved": True}),
+    ]
+    full = [
+        entry(gated=False, dropped=[0, 0], **wall | {"moved": True, "relative": 0.01}),
+        entry(gated=False, clock="frequency", relative=-0.02), entry(gated=False, clock="elapsed", relative=0.03),
     ]  # fmt: skip
-    lines = timing.summary({"cases": cases, "controls": [entry(control="rescale")], "batch": []})
+    lines = timing.summary({"cases": cases, "controls": [entry(control="rescale")], "full": full, "batch": []})
     assert lines[0].startswith("2 of 4 gates hold") and lines[1].startswith("1 of the 2 others differ by the clock")
-    assert lines[4].startswith("3 of 96 elapsed cycles dropped") and lines[4].endswith("in 1 comparisons more than 10%")
-    assert elapsed.gates({"cases": [entry(), entry(ok=False)]}) == (2, 1, 0), "records from before the probes"
+    assert "wall time differs by up to 1.00%, the frequency by up to 2.00%" in lines[3]
+    assert lines[4].startswith("3 of 96 wall times were disturbed")
+    assert lines[6].startswith("3 of 96 elapsed cycles dropped") and lines[6].endswith("in 1 comparisons more than 10%")
 
 
 def test_rows_say_what_they_are() -> None:
@@ -411,6 +425,7 @@ def test_rows_say_what_they_are() -> None:
     assert timing.row("cases", entry(even=True)).endswith("even")
     free, held = {"sm_mhz": 1980, "held_back_by": []}, {"sm_mhz": 1620, "held_back_by": ["software power cap"]}
     assert timing.row("cases", entry(even=True, gpu_states=[free, free])).endswith("even  [1980 MHz]")
+    assert " wall, full " in timing.row("full", entry(clock="wall", gated=False))
     said = timing.row("batch", entry(batch=8, even=True, gpu_states=[free, held]))
     assert said.endswith("[1980 and 1620 MHz, held back by software power cap]")
     assert timing.row("cases", entry(even=True, gpu_states=[{}, {}])).endswith("even")
@@ -427,42 +442,62 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 class Stand:
-    """A kernel whose control is slower where the first key is smaller than the last, and which takes 100 us."""
+    """A kernel of 100 us. On a first key smaller than the last, as where the maximum rises, its control is slower; with
+    it, what `MORE` says of the cycles and `CLOCK` of the frequency.
+    """
+
+    MORE: dict[Sizes, float] = {}
+    CLOCK: dict[Sizes, float] = {}
 
     def __init__(self, binding, target, sizes, **more) -> None:
-        self.inputs, self._more, self._binding = shown(sizes), more, binding
+        self.inputs, self._more, self._sizes = shown(sizes), more, sizes
+        self._control = "rescale" in binding.fn.__module__
         self._noise = generator()
 
     def __call__(self) -> None:
-        timing.clocks.Cuda().now += 100 + float(torch.randn((), generator=self._noise))
+        k = self.inputs[1]
+        rising = (k[:, :, 0, 0] < k[:, :, -1, 0] - 20).flatten()
+        cycles, mhz = 200_000 + 200 * float(torch.randn((), generator=self._noise)), 2000.0
+        if rising.all():
+            cycles *= self.MORE.get(self._sizes, 1.0) + 0.02 * self._control
+            mhz *= self.CLOCK.get(self._sizes, 1.0)
+        timing.clocks.Cuda().work(cycles, mhz)
         if "cycles" in self._more:
-            cycles, k = self._more["cycles"], self.inputs[1]
-            slow = (k[:, :, 0, 0] < k[:, :, -1, 0] - 1).flatten() * ("rescale" in self._binding.fn.__module__)
-            cycles.copy_(10_000 + 10 * torch.randn(cycles.shape, generator=self._noise) + 200 * slow)
+            cycles = self._more["cycles"]
+            cycles.copy_(10_000 + 10 * torch.randn(cycles.shape, generator=self._noise) + 200 * self._control * rising)
 
 
 class StandProbe:
-    """As probe.Probe, on a stand-in's clock at 2000 MHz."""
+    """As probe.Probe, on a stand-in's clock."""
 
     def __init__(self, device: str) -> None:
-        self._at = [0.0, 0.0]
+        self._at = [(0.0, 0.0)] * 2
+
+    def _read(self, place: int) -> None:
+        clock = timing.clocks.Cuda()
+        self._at[place] = clock.cycles, clock.now
 
     def before(self) -> None:
-        self._at[0] = timing.clocks.Cuda().now
+        self._read(0)
 
     def after(self) -> None:
-        self._at[1] = timing.clocks.Cuda().now
+        self._read(1)
 
     def reading(self) -> Reading:
-        us = self._at[1] - self._at[0]
-        return Reading(round(us * 2000), round(us * 1e3))
+        (began, start), (ended, end) = self._at
+        return Reading(round(ended - began), round(1e3 * (end - start)))
 
 
-def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    clock, state = Clock(), {"sm_mhz": 1755, "held_back_by": ["software power cap"]}
+STATE = {"sm_mhz": 1755, "held_back_by": ["software power cap"]}
+QUIET, WHOLE = Sizes(1, 2, 64, 512, 64), Sizes(2, 2, 64, 64, 64)
+
+
+@pytest.fixture
+def stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
     monkeypatch.setattr(timing, "DEVICE", "cpu")
     monkeypatch.setattr(timing, "PAUSE", 0)
-    monkeypatch.setattr(timing.machine, "gpu_state", lambda: dict(state))
+    monkeypatch.setattr(timing.machine, "gpu_state", lambda: dict(STATE))
     monkeypatch.setattr(timing, "Kernel", Stand)
     monkeypatch.setattr(probes, "Probe", StandProbe)
     monkeypatch.setattr(timing.clocks, "Cuda", lambda: clock)
@@ -470,35 +505,78 @@ def test_a_whole_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(timing, "REFRESH", 4)
     monkeypatch.setattr(timing, "WARM_UP", 1)
-    small = Sizes(4, 4, 64, 512, 64)
-    for name, sizes in (("INSIDE", small), ("WHOLE", Sizes(2, 2, 64, 64, 64)), ("IN_BATCH", Sizes(2, 2, 64, 128, 64))):
+    in_batch, inside = Sizes(2, 2, 64, 128, 64), Sizes(4, 4, 64, 512, 64)
+    for name, sizes in (("INSIDE", inside), ("QUIET", QUIET), ("WHOLE", WHOLE), ("IN_BATCH", in_batch)):
         monkeypatch.setattr(timing, name, sizes)
+
+
+@pytest.mark.usefixtures("stands")
+def test_a_whole_run(capsys: pytest.CaptureFixture[str]) -> None:
     run = timing.Run(measurements=100, walls=100, batch_walls=64, seconds=600, seed=1)
     record = json.loads(json.dumps(run.everything(batch=True)))
-    assert record["complete"] and record["kind"] == "audit-timing"
-    seen = [(each["clock"], each["kernel"], each["pair"]) for each in record["cases"]]
-    kernels, whole = ("hopper", "portable"), ("wall", "elapsed", "frequency")
-    assert seen[:10] == [("cycles", k, p) for k in kernels for p in PAIRS]
-    assert seen[10:] == [(c, k, p) for k in kernels for p in PAIRS for c in whole]
+    assert record["complete"] and record["kind"] == "audit-timing" and timing.passed(record)
+    kernels, clocks = ("hopper", "portable"), ("wall", "elapsed", "frequency")
+
+    def seen(part: str) -> list[tuple[str, str, str]]:
+        return [(each["clock"], each["kernel"], each["pair"]) for each in record[part]]
+
+    assert seen("cases")[:10] == [("cycles", k, p) for k in kernels for p in PAIRS]
+    assert seen("cases")[10:] == seen("full") == [(c, k, p) for k in kernels for p in PAIRS for c in clocks]
     wall, cycles, rate = record["cases"][10:13]
     assert (wall["explained"], wall["dropped"], wall["moved"]) == (False, [0, 0], False)
     assert cycles["gated"] and cycles["ok"] == cycles["even"] and 190_000 < cycles["mean"] < 210_000
     assert not rate["gated"] and rate["ok"] and rate["mean"] == pytest.approx(2000, rel=1e-3) and rate["step_ns"] == 1
-    assert min(wall["measurements"]) >= 100 and record["batch"][0]["measurements"] == [64, 64]
-    assert [(each["kernel"], each["ok"]) for each in record["controls"]] == [("hopper", True), ("portable", True)]
+    assert all(each["gated"] == (each["clock"] != "frequency") for each in record["cases"]), "every pair, zeros too"
+    assert not any(each["gated"] for each in record["full"])
+    assert wall["measurements"] == [112, 112] and record["full"][0]["measurements"] == [64, 64]
+    assert record["batch"][0]["measurements"] == [64, 64]
+    assert [(each["kernel"], each["clock"], each["ok"]) for each in record["controls"]] == [
+        (kernel, clock, True) for clock in ("cycles", "wall") for kernel in kernels
+    ]
     assert [(each["batch"], each["public"]) for each in record["batch"]] == [
         (size, name) for size in timing.BATCHES for name in (False, False, True)
     ]
-    assert not next(e for e in record["cases"] if e["clock"] == "wall" and e["pair"] == "zeros/random")["gated"]
-    assert all(("gpu_states" in each) == (each["clock"] == "wall") for each in record["cases"] + record["controls"])
-    walls = [each for each in record["cases"] if each["clock"] == "wall"] + record["batch"]
-    assert all(each["gpu_states"] == [state, state] for each in walls)
+    every = [each for part in ("cases", "controls", "full", "batch") for each in record[part]]
+    assert all(each.get("gpu_states", [STATE] * 2) == [STATE] * 2 for each in every)
+    assert all(("gpu_states" in each) == (each["clock"] == "wall") for each in every)
     said = capsys.readouterr().out
     assert "caught" in said and "[1755 MHz, held back by software power cap]" in said
     late = timing.Run(measurements=100, walls=64, batch_walls=64, seconds=0, seed=1)
     with pytest.raises(TimeoutError):
         late.everything(batch=False)
     assert not late.record["complete"] and not timing.passed(late.record)
+
+
+@pytest.mark.usefixtures("stands")
+def test_wall_time_that_differs_on_few_blocks_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stand, "MORE", {QUIET: 1.003})
+    record = timing.Run(measurements=100, walls=100, batch_walls=64, seconds=600, seed=1).everything(batch=False)
+    assert not timing.passed(record)
+    missed = [(each["clock"], each["kernel"], each["pair"]) for each in record["cases"] if not each["ok"]]
+    assert missed == [(c, k, "rising/falling") for k in ("hopper", "portable") for c in ("wall", "elapsed")]
+
+
+@pytest.mark.usefixtures("stands")
+def test_a_clock_that_follows_the_data_over_the_whole_gpu_fails_nothing_and_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Stand, "CLOCK", {WHOLE: 0.99})
+    record = timing.Run(measurements=100, walls=100, batch_walls=64, seconds=600, seed=1).everything(batch=False)
+    assert timing.passed(record)
+    row, *_ = (line for line in capsys.readouterr().out.splitlines() if "wall, full" in line and "rising" in line)
+    assert elapsed.VERDICT in row
+    assert elapsed.given_away(record["full"]) == pytest.approx((0.01, 0.01), rel=0.05)
+    assert "over the whole GPU, no gate: wall time differs by up to" in timing.summary(record)[3]
+
+
+@pytest.mark.usefixtures("stands")
+def test_what_leads_is_the_same_for_either_class() -> None:
+    zero, one = PAIRS["zeros/random"](QUIET, generator())
+    places = shown(QUIET)
+    both = Either(places)
+    timing.Run(100, 100, 64, 600, 1)._fresh(lambda sizes, generator: (zero, one), QUIET, Either(shown(QUIET)), both)
+    for place, of_zero, of_one in zip(places, zero, one, strict=True):
+        assert torch.equal(place[:, 0], of_zero[:, 0]) and torch.equal(place[:, 1], of_one[:, 1])
 
 
 @pytest.mark.gpu
