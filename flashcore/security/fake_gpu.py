@@ -241,6 +241,7 @@ def installed(native: Any = None) -> Iterator[FakeGpu]:
             (driver, "library", lambda: fake),
             (torch.cuda, "device", lambda device: contextlib.nullcontext()),
             (torch.cuda, "is_current_stream_capturing", lambda: fake.capturing),
+            (shim, "start", lambda: None),
             (shim, "load", lambda: native is not None),
             (shim, "attend", None if native is None else native.attend),
             (shim, "_module", native if native is not None else shim._module),
