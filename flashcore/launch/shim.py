@@ -124,12 +124,24 @@ def forward(otherwise: Callable[..., Any], *, keeps: bool, gives_lse: bool) -> C
     return made
 
 
-def differentiate(entry: Entry, launched: Entry, apply: Callable[..., Any]) -> None:
-    """Let apply(q, k, v[, extra, extra]) serve those calls of `entry` that need gradients.
+def differentiate(
+    entry: Entry, launched: Entry, apply: Callable[..., Any], backward: Callable[..., Any], *, keeps: bool
+) -> None:
+    """Let apply(q, k, v[, extra, extra]), or a node where `use_node` was given one, serve those calls of `entry` that
+    need gradients.
 
-    They launch what `launched` does, and the Function's forward is one that `forward` made.
+    They launch what `launched` does. The Function's forward is one that `forward` made, of the same `keeps`, and its
+    backward is `backward`, which the node runs as well.
     """
-    _module.set_apply(entry, launched, apply)
+    _module.set_apply(entry, launched, apply, backward, keeps)
+
+
+def use_node(attach: Any) -> bool:
+    """Let the capsule that _node.cpp gives, or None, make the nodes of calls with gradients; says whether it does."""
+    if _module is None:
+        return False
+    _module.use_node(attach)
+    return attach is not None
 
 
 def forget() -> None:
