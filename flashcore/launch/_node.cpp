@@ -26,7 +26,14 @@ using namespace torch::autograd; // torch's own macros want it
 
 using NodePointer = decltype(Edge::function); // a std::shared_ptr, or an intrusive one in later releases of torch
 
-enum { MOST_GIVEN = 5, MOST_SAVED = MOST_GIVEN + 2 };
+enum { MOST_GIVEN = 5, MOST_SAVED = MOST_GIVEN + 2, DIMS = 4 };
+
+/* How an output and the log-sum-exp that only a node keeps lie in one allocation. _shim.c has the same. */
+struct Together {
+  int ndim, lse_ndim;
+  int64_t shape[DIMS], strides[DIMS], lse_shape[DIMS], lse_strides[DIMS];
+  int64_t lse_offset; // in fp32 numbers
+};
 
 class Lock {
  public:
@@ -128,12 +135,26 @@ Pointer pointer_to(Made* node) {
     return Pointer::unsafe_steal_from_new(node);
 }
 
-/* Hang a node on `out`, and on `lse` if `gives_lse`, of a call with the tensors `given` (None = left out), of which it
-   saves copies of the handles; also of out and lse if `keeps`. -1 with a Python error where that fails. */
+/* Make the output of a flat tensor that holds both, and give the log-sum-exp: a tensor of its own, not a view, so that
+   each is changed and noticed by itself. */
+at::Tensor split(const at::Tensor& both, const Together& how) {
+  auto lse = at::detail::make_tensor<c10::TensorImpl>(
+      c10::Storage(both.storage()), both.key_set(), caffe2::TypeMeta::Make<float>());
+  const auto dims = static_cast<size_t>(how.ndim), lse_dims = static_cast<size_t>(how.lse_ndim);
+  lse.unsafeGetTensorImpl()->set_sizes_and_strides({how.lse_shape, lse_dims}, {how.lse_strides, lse_dims}, how.lse_offset);
+  both.unsafeGetTensorImpl()->set_sizes_and_strides({how.shape, dims}, {how.strides, dims});
+  return lse;
+}
+
+/* Hang a node on `out`, and on `lse` if `gives_lse`, of a call with the tensors `given` (None = left out). It saves these,
+   and if `keeps` also out and lse, which with `together` is in the memory of out. -1 with a Python error where that
+   fails. */
 int attach(
-    PyObject* const* given, Py_ssize_t count, PyObject* out, PyObject* lse, PyObject* backward, int keeps,
-    int gives_lse) noexcept {
+    PyObject* const* given, Py_ssize_t count, PyObject* out, PyObject* lse, const Together* together, PyObject* backward,
+    int keeps, int gives_lse) noexcept {
   try {
+    const at::Tensor kept_lse = together ? split(THPVariable_Unpack(out), *together)
+        : lse ? THPVariable_Unpack(lse) : at::Tensor();
     TORCH_CHECK(count <= MOST_GIVEN, "a call of attention has at most ", int(MOST_GIVEN), " tensors");
     auto* node = new Attention(backward, !gives_lse);
     auto pointer = pointer_to<NodePointer>(node);
@@ -146,7 +167,7 @@ int attach(
     }
     // Outputs come first: one that is saved must know its node by then.
     set_history(THPVariable_Unpack(out), pointer);
-    if (gives_lse) set_history(THPVariable_Unpack(lse), pointer);
+    if (gives_lse) set_history(kept_lse, pointer);
     for (Py_ssize_t i = 0; i < count; i++) {
       if (given[i] == Py_None)
         node->save_nothing();
@@ -155,7 +176,7 @@ int attach(
     }
     if (keeps) {
       node->save(THPVariable_Unpack(out), true);
-      node->save(THPVariable_Unpack(lse), gives_lse);
+      node->save(kept_lse, gives_lse);
     }
     return 0;
   } catch (...) {

@@ -65,6 +65,7 @@ enum {
   MAX_BLOCK = 4096, /* bytes of parameters that a kernel can have */
   MAX_ATTRIBUTES = 4,
   MAPS = 64,       /* TMA descriptors kept for one parameter, a power of two */
+  SECOND = 256,    /* alignment of what comes second in an allocation: whole sectors of memory, and more */
   BUCKETS = 256,   /* a power of two */
   MAX_ENTRIES = 512,
 };
@@ -85,6 +86,13 @@ typedef struct {
   PyObject *encode;  /* NULL = passed as an address; else a function: address -> object with .address of a CUtensorMap */
   CachedMap *maps;
 } Slot;
+
+/* How an output and the log-sum-exp that only a node keeps lie in one allocation. _node.cpp has the same. */
+typedef struct {
+  int ndim, lse_ndim;
+  int64_t shape[DIMS], strides[DIMS], lse_shape[DIMS], lse_strides[DIMS];
+  int64_t lse_offset; /* in fp32 numbers */
+} Together;
 
 typedef struct Entry {
   struct Entry *next;
@@ -110,6 +118,8 @@ typedef struct Entry {
   PyObject *apply;          /* apply(q, k, v, extra, extra) is the call with gradients; NULL = not known */
   PyObject *backward;       /* what its backward runs, for a node of _node.cpp */
   int keeps;                /* whether that reads the output and lse */
+  Together together;
+  PyObject *together_size, *together_stride; /* of the allocation, in numbers of the output's dtype; NULL = there is none */
   struct Entry *forward;    /* what that launches: this entry, or the same with lse, of which it counts as a user */
 } Entry;
 
@@ -135,8 +145,9 @@ static _Bool (*grad_mode)(void);
 static int (*get_context)(void **);
 static int (*launch_kernel)(const LaunchConfig *, void *, void **, void **);
 
-/* (tensors of the call, how many, out, lse or NULL, backward, keeps, gives lse) -> 0, or -1 with an error */
-typedef int (*AttachNode)(PyObject *const *, Py_ssize_t, PyObject *, PyObject *, PyObject *, int, int);
+/* (tensors of the call, how many, out, lse or NULL, how both lie in out or NULL, backward, keeps, gives lse) -> 0, or -1
+   with an error */
+typedef int (*AttachNode)(PyObject *const *, Py_ssize_t, PyObject *, PyObject *, const Together *, PyObject *, int, int);
 static AttachNode attach_node; /* what `use_node` was given, NULL = nothing */
 
 /* -- looking at a call -------------------------------------------------------------------------------------------- */
@@ -318,6 +329,14 @@ static int compute(Entry *e, uintptr_t *addresses, PyObject **out, PyObject **ls
   return launch(e, addresses);
 }
 
+/* The same into one new tensor, in which a node then tells the two apart. */
+static int compute_together(Entry *e, const Entry *plan, uintptr_t *addresses, PyObject **both) {
+  *both = allocate(plan->together_size, plan->together_stride, e->out_dtype, &addresses[OUT]);
+  if (!*both) return -1;
+  addresses[OUT + 1] = addresses[OUT] + (uintptr_t)plan->together.lse_offset * sizeof(float);
+  return launch(e, addresses);
+}
+
 static void read_addresses(const DLTensor *t, uintptr_t *addresses) {
   for (int i = 0; i < GIVEN; i++)
     if (t[i].ndim >= 0) addresses[i <= OUT ? i : i + 1] = address_of(&t[i]);
@@ -335,11 +354,13 @@ static PyObject *differentiate(Entry *e, PyObject *const *a, uintptr_t *addresse
   PyObject *next = Py_NewRef(attach ? e->backward : e->apply);
   Entry *launched = e->forward;
   Pending call = {pending, given, NULL, NULL};
+  int together = attach && e->together_size;
   launched->users++;
-  if (compute(launched, addresses, &call.out, &call.lse)) {
+  if (together ? compute_together(launched, e, addresses, &call.out)
+               : compute(launched, addresses, &call.out, &call.lse)) {
     /* it said why */
   } else if (attach) {
-    if (!attach(given, count, call.out, call.lse, next, e->keeps, e->has_lse))
+    if (!attach(given, count, call.out, call.lse, together ? &e->together : NULL, next, e->keeps, e->has_lse))
       result = pack(call.out, e->has_lse ? call.lse : NULL);
   } else {
     pending = &call;
@@ -446,7 +467,7 @@ static void drop(Entry *e) {
     PyMem_Free(e->slots[i].maps);
   }
   PyObject *owned[] = {e->out_size, e->out_stride, e->out_dtype, e->lse_size,
-                       e->lse_stride, e->lse_dtype, e->apply, e->backward};
+                       e->lse_stride, e->lse_dtype, e->apply, e->backward, e->together_size, e->together_stride};
   for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) Py_XDECREF(owned[i]);
   PyMem_Free(e->block);
   PyMem_Free(e);
@@ -608,6 +629,25 @@ static PyObject *add(PyObject *module, PyObject *args) {
   return handle;
 }
 
+/* Lay the output and lse of `launched` out for e, whose callers do not see that lse. */
+static int lay_together(Entry *e, const Entry *launched) {
+  Together *t = &e->together;
+  int64_t size = launched->looks[0].dtype.bits / 8, out = 1, lse = 1;
+  if ((t->ndim = read_numbers(launched->out_size, t->shape, DIMS, "output")) < 0
+      || read_numbers(launched->out_stride, t->strides, DIMS, "output") < 0
+      || (t->lse_ndim = read_numbers(launched->lse_size, t->lse_shape, DIMS, "lse")) < 0
+      || read_numbers(launched->lse_stride, t->lse_strides, DIMS, "lse") < 0)
+    return -1;
+  for (int i = 0; i < t->ndim; i++) out *= t->shape[i]; /* both are contiguous */
+  for (int i = 0; i < t->lse_ndim; i++) lse *= t->lse_shape[i];
+  int64_t before = (out * size + SECOND - 1) / SECOND * SECOND;
+  t->lse_offset = before / (int64_t)sizeof(float);
+  PyObject *numbers = Py_BuildValue("(L)", (long long)((before + lse * (int64_t)sizeof(float)) / size));
+  Py_XSETREF(e->together_stride, Py_BuildValue("(i)", 1));
+  Py_XSETREF(e->together_size, numbers);
+  return e->together_size && e->together_stride ? 0 : -1;
+}
+
 /* set_apply(handle, handle of what is launched, apply, backward, keeps): apply(q, k, v[, extra, extra]), whose forward is
    one of forward_of, serves the calls of this entry that need gradients; or a node that runs `backward`, and keeps output
    and lse for it if `keeps`. */
@@ -626,6 +666,7 @@ static PyObject *set_apply(PyObject *module, PyObject *args) {
     e->apply = Py_NewRef(apply);
     e->backward = Py_NewRef(backward);
     e->keeps = keeps;
+    if (keeps && !e->has_lse && forward->has_lse && lay_together(e, forward)) return NULL;
   }
   Py_RETURN_NONE;
 }

@@ -68,6 +68,31 @@ def test_what_is_saved(gpu, how):
     assert [f.variable is t for (f, _), t in zip(out.grad_fn.next_functions, (q, k, v), strict=True)] == [True] * 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 2, 24, 16), (2, 3, 7, 8)])
+def test_output_and_saved_lse_are_tensors_of_their_own(gpu, monkeypatch, shape, dtype):
+    """Though the node in C++ has both in one allocation."""
+    monkeypatch.setattr(gradients, "route", lambda *call: "flash")
+    for _ in range(3):
+        inputs = [t.to(dtype).requires_grad_() for t in (torch.randn(shape), torch.randn(shape), torch.randn(shape))]
+        out = attention(*inputs)
+    plain = torch.empty(shape, dtype=dtype)
+    assert (out.shape, out.stride(), out.storage_offset()) == (plain.shape, plain.stride(), 0)
+    assert out._base is None and not out._is_view() and out.is_contiguous() and out.dtype == dtype
+    lse = out.grad_fn.saved_tensors[4]
+    want, want_lse = reference.cpu(*(t.detach() for t in inputs), return_lse=True)
+    assert lse.is_contiguous() and lse.data_ptr() % 64 == out.data_ptr() % 64 == 0 and not lse.requires_grad
+    assert torch.equal(out.detach(), want)
+    torch.testing.assert_close(lse, want_lse)
+    with torch.no_grad():
+        out.fill_(9)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.grad_fn.saved_tensors  # noqa: B018
+    torch.testing.assert_close(lse, want_lse)
+    lse.fill_(7)
+    assert (out == 9).all()
+
+
 @pytest.mark.parametrize("changed", range(4))
 def test_a_tensor_changed_in_place_is_noticed(gpu, how, changed):
     warm()
@@ -262,7 +287,7 @@ def test_one_tensor_in_three_places(gpu, how):
 
 
 def test_inputs_that_are_results(gpu, how):
-    """Their nodes, not leaves, are what comes next; and a chain of a thousand calls is let go without recursion."""
+    """Their nodes, not leaves, are what comes next, a thousand times over."""
     warm()
     inputs = leaves()
     same(torch.autograd.grad(attention(*(t * 1 for t in inputs)).sum(), inputs), wanted(*inputs))
