@@ -102,6 +102,16 @@ def disabled() -> Iterator[None]:
         shim.use_node(None if _off else _attach)
 
 
+def _forked() -> None:
+    """A child has not the thread that holds the lock."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forked)
+
+
 def _unfit() -> str | None:
     """Why a node would not be used, or None."""
     if os.environ.get("FLASHCORE_NODE") == "0":
@@ -134,7 +144,15 @@ def _cache() -> Any:
 
 
 def _found() -> str | None:
-    path: str | None = _cache().get_file(_FILE)
+    """Where the cache has a node for what runs here, or None."""
+    import triton
+
+    if not Path(triton.knobs.cache.dir).exists():
+        return None
+    try:
+        path: str | None = _cache().get_file(_FILE)
+    except Exception:  # Triton makes a folder even to look, which a disk that is full or read-only refuses
+        return None
     return path
 
 

@@ -40,6 +40,20 @@ def test_a_plain_look_builds_nothing(unused, monkeypatch):
     assert "gradients=True" in node.status() and diagnostics.collect()["node"] == node.status()
 
 
+def test_a_cache_that_cannot_be_written_has_no_node_and_breaks_no_call(unused, monkeypatch):
+    def refuse(key: str) -> None:
+        raise OSError(30, "Read-only file system")
+
+    unused.mkdir()
+    monkeypatch.setattr("triton.runtime.cache.get_cache_manager", refuse)
+    assert node.load() is False and node.status().startswith("not built")
+
+
+def test_a_look_into_the_cache_makes_no_folder(unused):
+    assert node.status().startswith("not built") and node.load() is False
+    assert not unused.exists()
+
+
 def test_a_node_that_was_built_is_found_by_a_later_process(unused, monkeypatch):
     served = []
     monkeypatch.setattr(node, "_import", lambda path: Path(path).read_bytes())
