@@ -25,8 +25,8 @@ def collect() -> dict[str, Any]:
 
     Keys: flashcore (its version), those of `flashcore.measure.machine.environment`, and gpus (one dict each, in CUDA's
     order), compiler (the C compiler that Triton will use, None = not found), shim (whether the compiled launch path is
-    on, or why not), cache (Triton's folder of compiled kernels), kernels (name -> the reasons why it cannot run on the
-    first GPU, none = it can).
+    on, or why not), node (the same of the graph node in C++), cache (Triton's folder of compiled kernels), kernels
+    (name -> the reasons why it cannot run on the first GPU, none = it can).
     """
     import torch
 
@@ -38,7 +38,7 @@ def collect() -> dict[str, Any]:
         "driver": environment["driver"] or _driver(),
         "gpus": gpus,
         "compiler": _compiler(),
-        "shim": _shim() if environment["triton"] else "off: triton is not installed",
+        **(_paths() if environment["triton"] else dict.fromkeys(("shim", "node"), "off: triton is not installed")),
         "cache": _cache(),
         "kernels": _kernels(bool(gpus)),
     }
@@ -56,7 +56,7 @@ def text(report: dict[str, Any]) -> str:
         lines.append(f"{'gpu':<10} none")
     no_compiler = "none: Triton needs a C compiler before its first launch (install gcc or clang, or set CC)"
     lines.append(f"{'compiler':<10} {report['compiler'] or no_compiler}")
-    lines += [f"{key:<10} {report[key]}" for key in ("shim", "cache")]
+    lines += [f"{key:<10} {report[key]}" for key in ("shim", "node", "cache")]
     lines.append("kernels")
     for name, reasons in report["kernels"].items():
         lines.append(f"  {name:<10} {'no: ' + '; '.join(reasons) if reasons else 'runs'}")
@@ -100,10 +100,10 @@ def _compiler() -> str | None:
     return shutil.which(os.environ.get("CC") or "gcc") or shutil.which("clang")
 
 
-def _shim() -> str:
-    from flashcore.launch import shim
+def _paths() -> dict[str, str]:
+    from flashcore.launch import node, shim
 
-    return shim.status()
+    return {"shim": shim.status(), "node": node.status()}
 
 
 def _cache() -> str:

@@ -151,7 +151,8 @@ def test_contents(wheel: Path, unpacked: Path) -> None:
         assert "flashcore = flashcore.cli:main" in z.read(entry_points).decode()
     # Of the source distribution, not of the checkout: that one may change while this runs.
     files = {p.relative_to(unpacked).as_posix() for p in (unpacked / "flashcore").rglob("*") if p.is_file()}
-    assert {"flashcore/py.typed", "flashcore/launch/_shim.c", "flashcore/tuning/tables/sm90.json"} <= files
+    sources = {"flashcore/launch/_shim.c", "flashcore/launch/_node.cpp"}
+    assert {"flashcore/py.typed", "flashcore/tuning/tables/sm90.json"} | sources <= files
     assert files <= names
     outside = {n for n in names if not n.startswith(("flashcore/", "flashcore_attn-"))}
     assert not outside

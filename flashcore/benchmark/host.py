@@ -31,7 +31,7 @@ from flashcore.benchmark.shapes import SEED, Shape
 from flashcore.benchmark.terminal import Terminal, kind_of, us
 from flashcore.core.target import current
 from flashcore.fast.attention_production import attention
-from flashcore.launch import launcher, shim
+from flashcore.launch import launcher, node, shim
 from flashcore.launch.arguments import Options, problem_of
 from flashcore.launch.binding import Scalar
 from flashcore.launch.torch_private import raw_stream
@@ -40,6 +40,7 @@ from flashcore.testing import gates
 
 SHAPE = Shape(1, 8, 128, 64)  # one sequence: the GPU works a few microseconds
 REFERENCE = "sdpa"
+NODE = "flashcore-node"  # which a call without gradients has no use for
 FIRST_CALL_LIMIT_S = 120
 
 
@@ -50,13 +51,24 @@ def _ours(*, compiled: bool, into: bool) -> Callable[[Shape, Tensor, Tensor, Ten
     def prepare(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
         if compiled and not shim.load():
             raise NotServedError(shim.status())
-        context = ExitStack if compiled else shim.disabled
+        context = node.disabled if compiled else shim.disabled
         if into:
             out = torch.empty_like(q)
             return Prepared(lambda: attention(q, k, v, out=out), context=context)
         return Prepared(lambda: attention(q, k, v), context=context)
 
     return prepare
+
+
+def _with_node(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
+    """The compiled path with its graph node in C++, which is built here if need be."""
+    if not shim.load():
+        raise NotServedError(shim.status())
+    try:
+        node.build()
+    except RuntimeError as error:
+        raise NotServedError(str(error)) from error
+    return Prepared(lambda: attention(q, k, v), context=ExitStack)
 
 
 def _naive(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Prepared:
@@ -82,6 +94,7 @@ CONTESTANTS: dict[str, Peer] = {
     p.name: p
     for p in (
         Peer("flashcore", "FlashCore, compiled path", _ours(compiled=True, into=False)),
+        Peer(NODE, "FlashCore, compiled path, C++ node", _with_node),
         Peer("flashcore-python", "FlashCore, Python path", _ours(compiled=False, into=False)),
         Peer("flashcore-out", "FlashCore, compiled path, out=", _ours(compiled=True, into=True)),
         Peer("flashcore-python-out", "FlashCore, Python path, out=", _ours(compiled=False, into=True)),
@@ -101,7 +114,7 @@ def measure(gradients: bool, blocks: int, calls: int, advance: Callable[[int], o
     q, k, v = SHAPE.inputs()
     found: dict[str, dict[str, Any]] = {}
     timed: dict[str, clocks.Contestant] = {}
-    for name in WITH_GRADIENTS if gradients else CONTESTANTS:
+    for name in WITH_GRADIENTS if gradients else [name for name in CONTESTANTS if name != NODE]:
         peer = CONTESTANTS[name]
         found[name] = {"title": peer.title, "version": machine.installed(peer.distribution)}
         try:
@@ -267,8 +280,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for line in table(record["cases"][-1]):
                 terminal.line(line)
             terminal.line()
-    record["shim"] = shim.status()
-    print(f"Compiled path: {record['shim']}")
+    record |= {"shim": shim.status(), "node": node.status()}
+    print(f"Compiled path: {record['shim']}; its node in C++: {record['node']}")
     if options.json:
         record |= {"replay": replay(), "first_calls": first_calls()}
         record["gpu_states"].append(machine.gpu_state())

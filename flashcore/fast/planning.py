@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from flashcore.core.errors import UnsupportedError
 from flashcore.core.problem import Problem
 from flashcore.core.target import Target
 from flashcore.fast.attention_production import attention
-from flashcore.launch import launcher, packet, shim
+from flashcore.launch import launcher, node, packet, shim
 from flashcore.launch.arguments import Options, check, check_packed, packed_problem_of, problem_of
 from flashcore.launch.capability import reasons
 from flashcore.launch.compiled import compile_for
@@ -118,8 +118,8 @@ class Warmed:
 
 def warmup(
     shapes: Iterable[Shape], *, dtype: torch.dtype = torch.float16, device: torch.device | str | int | None = None,
-    attn_mask: Tensor | None = None, seqused_k: bool = False, target: Target | None = None, progress: bool = True,
-    **options: Any,
+    attn_mask: Tensor | None = None, seqused_k: bool = False, gradients: bool = False, target: Target | None = None,
+    progress: bool = True, **options: Any,
 ) -> list[Warmed]:
     """Compile and load what `attention` needs for contiguous tensors of these shapes, so that no call waits for it.
 
@@ -130,6 +130,10 @@ def warmup(
         device: the GPU, the current one when None.
         attn_mask: a tensor that looks like the masks to come; what it holds does not matter.
         seqused_k: whether the calls to come pass one.
+        gradients: whether the calls to come pass inputs that require grad. Theirs may be another kernel, one that also
+            writes the log-sum-exp; and their graph node is then built in C++, if it is not in Triton's cache yet: some
+            ten seconds, by g++ or clang++ ($CXX) and torch's headers, for calls that cost the host less from then on,
+            in later processes too.
         target: compile for this GPU into Triton's cache and load nothing: needs no GPU, as in a container's build.
         progress: draw a progress bar on stderr, where it is a terminal.
         options: block_m, block_n, is_causal, scale, return_lse, layout, backend, window, softcap, as `attention`
@@ -140,8 +144,11 @@ def warmup(
 
     Raises:
         TypeError, ValueError, UnsupportedError: as `attention` does, before anything after the offending shape.
+        RuntimeError: `gradients`, and the node can't be built; `flashcore info` says what is missing.
     """  # fmt: skip
     wanted = Options(**options)
+    if gradients:
+        node.build()
     done = []
     for shape in _with_bar(list(shapes), progress):
         q_shape, k_shape = shape if isinstance(shape[0], Sequence) else (shape, shape)
@@ -152,14 +159,20 @@ def warmup(
             check(q, k, v, wanted, None, **extra)
             problem = problem_of(q, k, v, None, wanted, **extra)
             config = launcher.choose(problem, target, wanted)
-            binding = launcher.bind(problem, config, wanted.scale_for(problem.head_dim), target)
-            compile_for(binding, target.arch)
-            count = 1
+            variants = [problem]
+            if gradients and not problem.return_lse:
+                variants.append(replace(problem, return_lse=True))
+            for each in variants:
+                chosen = launcher.choose(each, target, wanted)
+                compile_for(launcher.bind(each, chosen, wanted.scale_for(each.head_dim), target), target.arch)
+            count = len(variants)
         else:
             where = torch.device("cuda", torch.cuda.current_device()) if device is None else torch.device(device)
             q, k, v = (torch.zeros(tuple(s), dtype=dtype, device=where) for s in (q_shape, k_shape, k_shape))
             extra = _extra(q, attn_mask, seqused_k)
-            attention(q, k, v, **wanted._asdict(), **extra)
+            with torch.set_grad_enabled(gradients):
+                q, k, v = (t.requires_grad_(gradients) for t in (q, k, v))
+                attention(q, k, v, **wanted._asdict(), **extra)
             found = explain(q, k, v, **wanted._asdict(), **extra).config
             assert found is not None  # attention served it
             config, count = found, packet.loaded_kernels() - kernels

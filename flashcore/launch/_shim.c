@@ -6,8 +6,8 @@
 
    A call is served only where nothing has to see it: exact tensor types, the thread's dispatch keys as they were when
    the entry was added, no forward-mode level, the context of the tensors' device. One that needs a gradient is launched
-   and then handed to autograd, whose forward finds the results here. Everything else returns None, and the caller goes
-   the Python way. No header but Python's is needed, and libcuda is not linked: all foreign functions arrive as addresses.
+   and then given a graph node by _node.cpp, where that was built, or handed to an autograd.Function, whose forward finds
+   the results here. Everything else returns None, and the caller goes the Python way. No header but Python's is needed, and libcuda is not linked: all foreign functions arrive as addresses.
 
    One file, though it is long: Triton's machinery builds an extension from one source. */
 #define PY_SSIZE_T_CLEAN
@@ -65,6 +65,7 @@ enum {
   MAX_BLOCK = 4096, /* bytes of parameters that a kernel can have */
   MAX_ATTRIBUTES = 4,
   MAPS = 64,       /* TMA descriptors kept for one parameter, a power of two */
+  SECOND = 256,    /* alignment of what comes second in an allocation: whole sectors of memory, and more */
   BUCKETS = 256,   /* a power of two */
   MAX_ENTRIES = 512,
 };
@@ -85,6 +86,13 @@ typedef struct {
   PyObject *encode;  /* NULL = passed as an address; else a function: address -> object with .address of a CUtensorMap */
   CachedMap *maps;
 } Slot;
+
+/* How an output and the log-sum-exp that only a node keeps lie in one allocation. _node.cpp has the same. */
+typedef struct {
+  int ndim, lse_ndim;
+  int64_t shape[DIMS], strides[DIMS], lse_shape[DIMS], lse_strides[DIMS];
+  int64_t lse_offset; /* in fp32 numbers */
+} Together;
 
 typedef struct Entry {
   struct Entry *next;
@@ -108,6 +116,10 @@ typedef struct Entry {
   uint8_t *block;
   PyObject *out_size, *out_stride, *out_dtype, *lse_size, *lse_stride, *lse_dtype;
   PyObject *apply;          /* apply(q, k, v, extra, extra) is the call with gradients; NULL = not known */
+  PyObject *backward;       /* what its backward runs, for a node of _node.cpp */
+  int keeps;                /* whether that reads the output and lse */
+  Together together;
+  PyObject *together_size, *together_stride; /* of the allocation, in numbers of the output's dtype; NULL = there is none */
   struct Entry *forward;    /* what that launches: this entry, or the same with lse, of which it counts as a user */
 } Entry;
 
@@ -132,6 +144,11 @@ static PyObject *saved_attribute; /* what save_for_backward sets, NULL = not kno
 static _Bool (*grad_mode)(void);
 static int (*get_context)(void **);
 static int (*launch_kernel)(const LaunchConfig *, void *, void **, void **);
+
+/* (tensors of the call, how many, out, lse or NULL, how both lie in out or NULL, backward, keeps, gives lse) -> 0, or -1
+   with an error */
+typedef int (*AttachNode)(PyObject *const *, Py_ssize_t, PyObject *, PyObject *, const Together *, PyObject *, int, int);
+static AttachNode attach_node; /* what `use_node` was given, NULL = nothing */
 
 /* -- looking at a call -------------------------------------------------------------------------------------------- */
 
@@ -312,29 +329,48 @@ static int compute(Entry *e, uintptr_t *addresses, PyObject **out, PyObject **ls
   return launch(e, addresses);
 }
 
+/* The same into one new tensor, in which a node then tells the two apart. */
+static int compute_together(Entry *e, const Entry *plan, uintptr_t *addresses, PyObject **both) {
+  *both = allocate(plan->together_size, plan->together_stride, e->out_dtype, &addresses[OUT]);
+  if (!*both) return -1;
+  addresses[OUT + 1] = addresses[OUT] + (uintptr_t)plan->together.lse_offset * sizeof(float);
+  return launch(e, addresses);
+}
+
 static void read_addresses(const DLTensor *t, uintptr_t *addresses) {
   for (int i = 0; i < GIVEN; i++)
     if (t[i].ndim >= 0) addresses[i <= OUT ? i : i + 1] = address_of(&t[i]);
 }
 
+/* (out, lse), or out alone. */
+static PyObject *pack(PyObject *out, PyObject *lse) { return lse ? PyTuple_Pack(2, out, lse) : Py_NewRef(out); }
+
 /* A call with gradients: launched first, so that forward has nothing to look at again. */
 static PyObject *differentiate(Entry *e, PyObject *const *a, uintptr_t *addresses) {
   if (a[OUT] != Py_None || !e->apply) Py_RETURN_NONE;
   PyObject *given[] = {a[0], a[1], a[2], a[OUT + 1], a[OUT + 2]}, *result = NULL;
-  size_t count = a[OUT + 1] == Py_None && a[OUT + 2] == Py_None ? 3 : 5;
-  PyObject *apply = Py_NewRef(e->apply);
+  Py_ssize_t count = a[OUT + 1] == Py_None && a[OUT + 2] == Py_None ? 3 : 5;
+  AttachNode attach = attach_node; /* it may be changed meanwhile */
+  PyObject *next = Py_NewRef(attach ? e->backward : e->apply);
   Entry *launched = e->forward;
   Pending call = {pending, given, NULL, NULL};
+  int together = attach && e->together_size;
   launched->users++;
-  if (!compute(launched, addresses, &call.out, &call.lse)) {
+  if (together ? compute_together(launched, e, addresses, &call.out)
+               : compute(launched, addresses, &call.out, &call.lse)) {
+    /* it said why */
+  } else if (attach) {
+    if (!attach(given, count, call.out, call.lse, together ? &e->together : NULL, next, e->keeps, e->has_lse))
+      result = pack(call.out, e->has_lse ? call.lse : NULL);
+  } else {
     pending = &call;
-    result = PyObject_Vectorcall(apply, given, count, NULL);
+    result = PyObject_Vectorcall(next, given, (size_t)count, NULL);
     pending = call.outer;
   }
   leave(launched);
   Py_XDECREF(call.out);
   Py_XDECREF(call.lse);
-  Py_DECREF(apply);
+  Py_DECREF(next);
   return result;
 }
 
@@ -359,7 +395,7 @@ static PyObject *attend(PyObject *module, PyObject *const *a, Py_ssize_t n) {
     result = differentiate(e, a, addresses);
   } else {
     out = a[OUT] == Py_None ? NULL : a[OUT];
-    if (!compute(e, addresses, &out, &lse)) result = lse ? PyTuple_Pack(2, out, lse) : Py_NewRef(out);
+    if (!compute(e, addresses, &out, &lse)) result = pack(out, lse);
     Py_XDECREF(out);
     Py_XDECREF(lse);
   }
@@ -404,7 +440,7 @@ static PyObject *forward(PyObject *self, PyObject *const *a, Py_ssize_t n) {
     failed = !done;
     Py_XDECREF(done);
   }
-  if (!failed) result = gives_lse ? PyTuple_Pack(2, out, lse) : Py_NewRef(out);
+  if (!failed) result = pack(out, gives_lse ? lse : NULL);
   Py_DECREF(out);
   Py_XDECREF(lse);
   return result;
@@ -431,7 +467,7 @@ static void drop(Entry *e) {
     PyMem_Free(e->slots[i].maps);
   }
   PyObject *owned[] = {e->out_size, e->out_stride, e->out_dtype, e->lse_size,
-                       e->lse_stride, e->lse_dtype, e->apply};
+                       e->lse_stride, e->lse_dtype, e->apply, e->backward, e->together_size, e->together_stride};
   for (size_t i = 0; i < sizeof owned / sizeof *owned; i++) Py_XDECREF(owned[i]);
   PyMem_Free(e->block);
   PyMem_Free(e);
@@ -442,6 +478,7 @@ static void forget_apply(Entry *e) {
   Entry *launched = e->forward;
   e->forward = NULL;
   Py_CLEAR(e->apply);
+  Py_CLEAR(e->backward);
   if (launched) leave(launched);
 }
 
@@ -592,12 +629,33 @@ static PyObject *add(PyObject *module, PyObject *args) {
   return handle;
 }
 
-/* set_apply(handle, handle of what is launched, apply): apply(q, k, v[, extra, extra]), whose forward is one of
-   forward_of, serves the calls of this entry that need gradients. */
+/* Lay the output and lse of `launched` out for e, whose callers do not see that lse. */
+static int lay_together(Entry *e, const Entry *launched) {
+  Together *t = &e->together;
+  int64_t size = launched->looks[0].dtype.bits / 8, out = 1, lse = 1;
+  if ((t->ndim = read_numbers(launched->out_size, t->shape, DIMS, "output")) < 0
+      || read_numbers(launched->out_stride, t->strides, DIMS, "output") < 0
+      || (t->lse_ndim = read_numbers(launched->lse_size, t->lse_shape, DIMS, "lse")) < 0
+      || read_numbers(launched->lse_stride, t->lse_strides, DIMS, "lse") < 0)
+    return -1;
+  for (int i = 0; i < t->ndim; i++) out *= t->shape[i]; /* both are contiguous */
+  for (int i = 0; i < t->lse_ndim; i++) lse *= t->lse_shape[i];
+  int64_t before = (out * size + SECOND - 1) / SECOND * SECOND;
+  t->lse_offset = before / (int64_t)sizeof(float);
+  PyObject *numbers = Py_BuildValue("(L)", (long long)((before + lse * (int64_t)sizeof(float)) / size));
+  Py_XSETREF(e->together_stride, Py_BuildValue("(i)", 1));
+  Py_XSETREF(e->together_size, numbers);
+  return e->together_size && e->together_stride ? 0 : -1;
+}
+
+/* set_apply(handle, handle of what is launched, apply, backward, keeps): apply(q, k, v[, extra, extra]), whose forward is
+   one of forward_of, serves the calls of this entry that need gradients; or a node that runs `backward`, and keeps output
+   and lse for it if `keeps`. */
 static PyObject *set_apply(PyObject *module, PyObject *args) {
   (void)module;
-  PyObject *handle, *launched, *apply;
-  if (!PyArg_ParseTuple(args, "OOO", &handle, &launched, &apply)) return NULL;
+  PyObject *handle, *launched, *apply, *backward;
+  int keeps;
+  if (!PyArg_ParseTuple(args, "OOOOp", &handle, &launched, &apply, &backward, &keeps)) return NULL;
   Entry *e = PyCapsule_GetPointer(handle, "entry");
   Entry *forward = e ? PyCapsule_GetPointer(launched, "entry") : NULL;
   if (!forward) return NULL;
@@ -606,7 +664,19 @@ static PyObject *set_apply(PyObject *module, PyObject *args) {
     forward->users++;
     e->forward = forward;
     e->apply = Py_NewRef(apply);
+    e->backward = Py_NewRef(backward);
+    e->keeps = keeps;
+    if (keeps && !e->has_lse && forward->has_lse && lay_together(e, forward)) return NULL;
   }
+  Py_RETURN_NONE;
+}
+
+/* use_node(capsule): let the function in it make the graph nodes, or, with None, the autograd.Functions again. */
+static PyObject *use_node(PyObject *module, PyObject *capsule) {
+  (void)module;
+  void *function = capsule == Py_None ? NULL : PyCapsule_GetPointer(capsule, "flashcore.node");
+  if (!function && PyErr_Occurred()) return NULL;
+  memcpy(&attach_node, &function, sizeof function);
   Py_RETURN_NONE;
 }
 
@@ -648,6 +718,7 @@ static PyMethodDef methods[] = {
     {"add", add, METH_VARARGS, NULL},
     {"forward_of", forward_of, METH_VARARGS, NULL},
     {"set_apply", set_apply, METH_VARARGS, NULL},
+    {"use_node", use_node, METH_O, NULL},
     {"forget", forget, METH_NOARGS, NULL},
     {"setup", setup, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},

@@ -241,7 +241,7 @@ def plan_for(device: int, problem: Problem, options: Options) -> Plan:
             target = targets.current(device)
             config = choose(problem, target, options)
             binding = bind(problem, config, options.scale_for(problem.head_dim), target)
-            plan = _plans[key] = Plan(config, packet.load(binding, device, target.arch, _refuse_in_capture), {})
+            plan = _plans[key] = Plan(config, packet.load(binding, device, target.arch, _before_compiling), {})
         _plans.move_to_end(key)
         while len(_plans) > MAX_PLANS:
             _plans.popitem(last=False)
@@ -292,12 +292,13 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
     raise ValueError(f"config.kernel: expected 'portable' or 'hopper', got {config.kernel!r}")
 
 
-def _refuse_in_capture() -> None:
+def _before_compiling() -> None:
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "attention() meets this problem for the first time while a CUDA graph is being captured, where no kernel"
             " can be compiled or loaded; call it once, or flashcore.warmup, before the capture"
         )
+    shim.start()  # two compilers at once: the first call of a process waits for the slower one
 
 
 # -- what runs a call -------------------------------------------------------------------------------------------

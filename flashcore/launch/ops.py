@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcore.launch import cpu, gradients, launcher, shim
+from flashcore.launch import cpu, gradients, launcher, node, shim
 from flashcore.launch.arguments import Options, check, check_overlap, check_packed, lse_shape, output_shape
 from flashcore.launch.torch_private import apply_function
 
@@ -236,9 +236,10 @@ def serve(
             inner, with_lse = prepare(call.options._replace(return_lse=True))
             inner_entry = launcher.remember_compiled(given, (*asked[:4], True, *asked[5:]), with_lse)
         compiled = entry is not None and inner_entry is not None
-        apply = _graph(inner, call, how, compiled=compiled)
+        apply, backward = _graph(inner, call, how, compiled=compiled)
         if compiled:
-            shim.differentiate(entry, inner_entry, apply)
+            node.load()
+            shim.differentiate(entry, inner_entry, apply, backward, keeps=how is not None)
         run = _with_gradients(run, apply)
     launcher.remember(key, given, run)
     return run
@@ -259,8 +260,10 @@ def _with_gradients(run: launcher.Run, apply: Callable[..., Any]) -> launcher.Ru
     return call
 
 
-def _graph(run: launcher.Run, call: gradients.Call, how: str | None, *, compiled: bool) -> Callable[..., Any]:
-    """apply(q, k, v[, extra, extra]) of an autograd.Function for calls that look like one seen before.
+def _graph(
+    run: launcher.Run, call: gradients.Call, how: str | None, *, compiled: bool
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """apply(q, k, v[, extra, extra]) and backward of an autograd.Function for calls that look like one seen before.
 
     The operators have the same gradients registered but take longer to get there.
 
@@ -284,7 +287,7 @@ def _graph(run: launcher.Run, call: gradients.Call, how: str | None, *, compiled
 
     outer = shim.forward(forward, keeps=keeps, gives_lse=gives_lse) if compiled else forward
     methods = {"forward": staticmethod(outer), "backward": staticmethod(backward)}
-    return apply_function(type("Attention", (torch.autograd.Function,), methods))
+    return apply_function(type("Attention", (torch.autograd.Function,), methods)), backward
 
 
 class Transformable(torch.autograd.Function):

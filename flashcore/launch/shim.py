@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +37,8 @@ Entry = Any  # a call that the shim serves: a capsule
 _module: Any = None  # once it is built and set up
 _off = False  # inside `disabled`
 _failure: str | None = None  # why the last attempt to load it failed
+_lock = threading.RLock()  # held by whoever loads it
+_building: _Build | None = None  # a build that `start` began and nobody has waited for yet
 
 
 def status() -> str:
@@ -50,27 +53,40 @@ def status() -> str:
     return f"off: {missing}" if missing else "not loaded yet; built at the first call on a GPU"
 
 
+def start() -> None:
+    """Begin to build the shim, for a `load` soon to come: its compiler can run beside a kernel's."""
+    global _building
+    with _lock:
+        if _module is None and _failure is None and _building is None and _missing() is None:
+            _building = _Build()
+            _building.start()
+
+
 def load() -> bool:
     """Build the shim, or take it from Triton's cache, and let it serve. Returns whether there is one.
 
     Inside `disabled` it is there, and learns calls, but does not serve them.
     """
-    global attend, _module, _failure
+    global attend, _module, _failure, _building
     if _module is not None:
         return True
     if _failure is not None:
         return False
-    _failure = _missing()
-    if _failure is None:
-        try:
-            module = _build()
-            _set_up(module)
-            _module = module
-            attend = _serving()
-        except Exception as error:  # whatever a compiler, a loader or a file system may say
-            _failure = f"{type(error).__name__}: {error}".splitlines()[0]
-            warnings.warn(f"flashcore: the compiled launch path is off, {_failure}", RuntimeWarning, stacklevel=2)
-    return _module is not None
+    with _lock:
+        if _module is not None or _failure is not None:  # by another thread meanwhile
+            return _module is not None
+        building, _building = _building, None
+        _failure = None if building else _missing()
+        if _failure is None:
+            try:
+                module = building.result() if building else _build()
+                _set_up(module)
+                _module = module
+                attend = _serving()
+            except Exception as error:  # whatever a compiler, a loader or a file system may say
+                _failure = f"{type(error).__name__}: {error}".splitlines()[0]
+                warnings.warn(f"flashcore: the compiled launch path is off, {_failure}", RuntimeWarning, stacklevel=2)
+        return _module is not None
 
 
 def add(
@@ -108,12 +124,24 @@ def forward(otherwise: Callable[..., Any], *, keeps: bool, gives_lse: bool) -> C
     return made
 
 
-def differentiate(entry: Entry, launched: Entry, apply: Callable[..., Any]) -> None:
-    """Let apply(q, k, v[, extra, extra]) serve those calls of `entry` that need gradients.
+def differentiate(
+    entry: Entry, launched: Entry, apply: Callable[..., Any], backward: Callable[..., Any], *, keeps: bool
+) -> None:
+    """Let apply(q, k, v[, extra, extra]), or a node where `use_node` was given one, serve those calls of `entry` that
+    need gradients.
 
-    They launch what `launched` does, and the Function's forward is one that `forward` made.
+    They launch what `launched` does. The Function's forward is one that `forward` made, of the same `keeps`, and its
+    backward is `backward`, which the node runs as well.
     """
-    _module.set_apply(entry, launched, apply)
+    _module.set_apply(entry, launched, apply, backward, keeps)
+
+
+def use_node(attach: Any) -> bool:
+    """Let the capsule that _node.cpp gives, or None, make the nodes of calls with gradients; says whether it does."""
+    if _module is None:
+        return False
+    _module.use_node(attach)
+    return attach is not None
 
 
 def forget() -> None:
@@ -166,6 +194,38 @@ def _unsafe_cache() -> str | None:
     if found.st_uid != os.geteuid() or found.st_mode & 0o002 or by_group:
         return f"others can write into the cache folder {folder}"
     return None
+
+
+class _Build(threading.Thread):
+    """`_build` in a thread of its own. What it needs is imported by then: a fork must not find an import half done."""
+
+    def __init__(self) -> None:
+        super().__init__(name="flashcore-shim")
+        self._module: Any = None
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self._module = _build()
+        except Exception as error:
+            self._error = error
+
+    def result(self) -> Any:
+        """What `_build` gave or raised, once it has."""
+        self.join()
+        if self._error is not None:
+            raise self._error
+        return self._module
+
+
+def _forked() -> None:
+    """A child has neither the thread that builds nor the one that holds the lock."""
+    global _lock, _building
+    _lock, _building = threading.RLock(), None
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forked)
 
 
 def _build() -> Any:

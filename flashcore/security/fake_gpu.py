@@ -25,7 +25,7 @@ from flashcore.core.config import Config
 from flashcore.core.problem import Problem
 from flashcore.core.target import A100
 from flashcore.fast import attention_production
-from flashcore.launch import compiled, driver, launcher, packet, shim, torch_private
+from flashcore.launch import compiled, driver, launcher, node, packet, shim, torch_private
 from flashcore.launch.binding import Binding, Pointer, Scalar
 
 CONTEXT = 0x77
@@ -218,14 +218,18 @@ def at(address: int, shape: Any, strides: Any, dtype: torch.dtype) -> torch.Tens
 
 
 @contextlib.contextmanager
-def installed(native: Any = None) -> Iterator[FakeGpu]:
-    """Let attention of CPU tensors run on a fake GPU: through the compiled shim `native`, or the Python path."""
+def installed(native: Any = None, attach: Any = None) -> Iterator[FakeGpu]:
+    """Let attention of CPU tensors run on a fake GPU: through the compiled shim `native`, or the Python path.
+
+    `attach` is what makes the shim's graph nodes, as _node.cpp gives it; None = autograd.Functions do.
+    """
     fake = FakeGpu()
     if native is not None:
         shim._set_up(
             native, fake.empty, get_context=shim._address(fake.cuCtxGetCurrent),
             launch_kernel=shim._address(fake.cuLaunchKernelEx),
         )  # fmt: skip
+        native.use_node(attach)
     with contextlib.ExitStack() as stack:
         for where, name, value in (
             (attention_production, "KERNEL_DEVICES", ("cuda", "cpu")),
@@ -241,7 +245,9 @@ def installed(native: Any = None) -> Iterator[FakeGpu]:
             (driver, "library", lambda: fake),
             (torch.cuda, "device", lambda device: contextlib.nullcontext()),
             (torch.cuda, "is_current_stream_capturing", lambda: fake.capturing),
+            (shim, "start", lambda: None),
             (shim, "load", lambda: native is not None),
+            (node, "load", lambda: attach is not None),
             (shim, "attend", None if native is None else native.attend),
             (shim, "_module", native if native is not None else shim._module),
         ):
@@ -264,9 +270,11 @@ def native() -> Iterator[Any]:
         yield module
     finally:
         module.forget()
+        module.use_node(None)
         if torch.cuda.is_available():  # the process may have but one copy of the module: hand it back as it was
             real = _REAL_LIBRARY()
             shim._set_up(
                 module, torch_private.empty_strided_cuda, get_context=shim._address(real.cuCtxGetCurrent),
                 launch_kernel=shim._address(real.cuLaunchKernelEx),
             )  # fmt: skip
+            module.use_node(node._attach)

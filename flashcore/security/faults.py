@@ -37,7 +37,7 @@ from flashcore.security import arguments_drawn, fake_gpu, record, tables
 from flashcore.tuning import lookup
 
 DOCUMENTED = (TypeError, ValueError, RuntimeError)  # UnsupportedError is a RuntimeError
-_REAL: dict[str, Any] = {"shim": shim.load, "compile": compiled.compile_for, "load": driver.load}
+_REAL: dict[str, Any] = {"shim": shim.load, "start": shim.start, "compile": compiled.compile_for, "load": driver.load}
 
 
 class Broken(AssertionError):
@@ -229,7 +229,12 @@ def no_shim(s: Scene) -> None:
     def dies() -> None:
         raise s.rng.choice((RuntimeError("gcc died"), FileNotFoundError("gcc"), OSError(28, "No space left")))
 
-    with mock.patch.multiple(shim, _module=None, _failure=None, attend=None, _build=dies, load=_REAL["shim"]):
+    with mock.patch.multiple(
+        shim, _module=None, _failure=None, _building=None, attend=None, _build=dies, load=_REAL["shim"],
+        start=_REAL["start"],
+    ):  # fmt: skip
+        if s.rng.random() < 0.5:  # it is built beside a kernel
+            packet._loaded.clear()
         launcher.forget()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "flashcore: the compiled launch path is off", RuntimeWarning)

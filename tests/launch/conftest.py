@@ -1,4 +1,4 @@
-"""Fixtures of the launch path: the fake GPU of flashcore/security/fake_gpu.py, by both paths."""
+"""Fixtures of the launch path: the fake GPU of flashcore/security/fake_gpu.py, by every path."""
 
 from __future__ import annotations
 
@@ -7,16 +7,28 @@ from typing import Any
 
 import pytest
 
-from flashcore.launch import launcher, shim, torch_private
+from flashcore.launch import launcher, node, shim, torch_private
 from flashcore.security import fake_gpu
 
 
-@pytest.fixture(params=["python", "shim"])
+@pytest.fixture(params=["python", "shim", "node"])
 def gpu(request: pytest.FixtureRequest) -> Iterator[fake_gpu.FakeGpu]:
-    """The fake GPU, once for each of the two paths."""
+    """The fake GPU, once for each of the three paths: Python, the shim, and the shim with the graph node in C++."""
     module = None if request.param == "python" else request.getfixturevalue("native")
-    with fake_gpu.installed(module) as fake:
+    attach = request.getfixturevalue("attach") if request.param == "node" else None
+    with fake_gpu.installed(module, attach) as fake:
         yield fake
+
+
+@pytest.fixture(scope="session")
+def attach() -> Any:
+    """What the C++ node gives the shim to call, built where the cache has none; or a skip that says what is missing."""
+    why = node._unfit() or (None if node._found() else node._missing())
+    if why:
+        pytest.skip(f"no node in C++: {why}")
+    if node._found() is None:
+        node._compile()
+    return node._attach or node._import(node._found())
 
 
 @pytest.fixture

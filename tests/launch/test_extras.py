@@ -424,7 +424,8 @@ def test_what_serves_gradients_goes_with_the_plans(gpu):
     launcher.forget()
     expect(attention(q, q, q), q, q, q)
     launcher.forget()
-    assert functions() == before + 1  # that of `out`
+    of_out = isinstance(out.grad_fn, torch.autograd.function.BackwardCFunction)  # a node in C++ has no Function
+    assert functions() == before + of_out
     out.sum().backward()
     assert q.grad is not None and q.grad.any()
     del out

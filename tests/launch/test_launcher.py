@@ -476,6 +476,20 @@ def test_the_call_after_an_error_works(gpu):
     expect(attention(q, k, v), q, k, v)
 
 
+def test_the_shim_is_built_beside_a_kernel_not_within_a_capture(gpu, monkeypatch):
+    started = []
+    monkeypatch.setattr(shim, "start", lambda: started.append(len(gpu.bindings)))
+    q, k, v = qkv()
+    gpu.capturing = True
+    with pytest.raises(RuntimeError, match="captured"):
+        attention(q, k, v)
+    assert not started
+    gpu.capturing = False
+    for _ in range(2):
+        attention(q, k, v)
+    assert started == [0]
+
+
 def test_a_capture_that_would_have_to_compile_is_refused(gpu):
     q, k, v = qkv()
     attention(q, k, v)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
+import signal
+import threading
+import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -260,14 +266,19 @@ def test_a_shim_that_is_switched_off_says_so(monkeypatch):
     assert shim.load() is False
 
 
-def test_a_shim_that_does_not_build_warns_once_and_stays_off(monkeypatch):
+@pytest.fixture
+def unbuilt(monkeypatch) -> None:
+    """The shim as a new process has it, on a machine that lacks nothing for it."""
+    for name in ("attend", "_module", "_failure", "_building"):
+        monkeypatch.setattr(shim, name, None)
+    monkeypatch.setattr(shim, "_missing", lambda: None)
+    monkeypatch.setattr(shim, "_set_up", lambda module: None)
+
+
+def test_a_shim_that_does_not_build_warns_once_and_stays_off(monkeypatch, unbuilt):
     def fail():
         raise RuntimeError("the compiler is out to lunch")
 
-    monkeypatch.setattr(shim, "attend", None)
-    monkeypatch.setattr(shim, "_module", None)
-    monkeypatch.setattr(shim, "_failure", None)
-    monkeypatch.setattr(shim, "_missing", lambda: None)
     monkeypatch.setattr(shim, "_build", fail)
     with pytest.warns(RuntimeWarning, match="out to lunch"):
         assert shim.load() is False
@@ -275,16 +286,68 @@ def test_a_shim_that_does_not_build_warns_once_and_stays_off(monkeypatch):
     assert "out to lunch" in shim.status()
 
 
+def test_a_build_that_was_started_is_waited_for_and_happens_once(monkeypatch, unbuilt):
+    module, built, go = SimpleNamespace(attend=lambda *arguments: None), [], threading.Event()
+
+    def build() -> Any:
+        built.append(threading.current_thread())
+        assert go.wait(60)
+        return module
+
+    monkeypatch.setattr(shim, "_build", build)
+    shim.start()
+    shim.start()
+    assert shim.attend is None
+    loaders = [threading.Thread(target=shim.load) for _ in range(4)]
+    for loader in loaders:
+        loader.start()
+    go.set()
+    for loader in loaders:
+        loader.join()
+    assert shim.load() and shim.attend is module.attend
+    assert len(built) == 1 and built[0] is not threading.current_thread()
+    shim.start()
+    assert shim._building is None
+
+
+def test_a_build_that_was_started_and_fails_warns_whoever_waits_for_it(monkeypatch, unbuilt):
+    monkeypatch.setattr(shim, "_build", lambda: exec("raise OSError('no space left')"))
+    shim.start()
+    with pytest.warns(RuntimeWarning, match="no space left"):
+        assert shim.load() is False
+    shim.start()
+    assert shim._building is None and shim.load() is False
+
+
+def test_a_child_that_was_forked_during_a_build_builds_for_itself(monkeypatch, unbuilt):
+    module, here, go = SimpleNamespace(attend=lambda *arguments: None), os.getpid(), threading.Event()
+    monkeypatch.setattr(shim, "_build", lambda: module if os.getpid() != here or go.wait(60) else None)
+    shim.start()
+    loader = threading.Thread(target=shim.load)  # holds the lock until the build is done
+    loader.start()
+    while shim._building is not None:
+        time.sleep(0.001)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python's own, of forking beside threads
+        child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        served = False
+        try:
+            served = shim.load() and shim.attend is module.attend
+        finally:
+            os._exit(0 if served else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    go.set()
+    loader.join()
+    assert shim.load()
+
+
 @pytest.mark.parametrize("loaded_before", [False, True])
-def test_a_disabled_shim_stays_off_when_calls_are_seen_for_the_first_time(monkeypatch, loaded_before):
+def test_a_disabled_shim_stays_off_when_calls_are_seen_for_the_first_time(monkeypatch, unbuilt, loaded_before):
     """Each of those asks `load` for it."""
     module = SimpleNamespace(attend=lambda *arguments: None)
-    monkeypatch.setattr(shim, "attend", None)
-    monkeypatch.setattr(shim, "_module", None)
-    monkeypatch.setattr(shim, "_failure", None)
-    monkeypatch.setattr(shim, "_missing", lambda: None)
     monkeypatch.setattr(shim, "_build", lambda: module)
-    monkeypatch.setattr(shim, "_set_up", lambda module: None)
     if loaded_before:
         assert shim.load() and shim.attend is module.attend
     with shim.disabled():
