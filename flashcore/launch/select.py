@@ -132,7 +132,7 @@ def padded(dim: int, aligned_rows: bool) -> int:
 
 # (block_m, block_n, num_warps, registers a thread) by the padded head dimension: plain ones, those for problems whose
 # last keys get a narrower tile of their own, those for causal blocks that take one tile of rows, whose diagonal gets
-# narrower ones, and those for others that hide some scores or, staying for several items, want the lse: that takes a few
+# narrower ones, and those for others that hide some scores or want the lse from blocks that stay, which takes a few
 # registers more. With 96 registers 20 warps share an SM, with 128 16, with 168 12, with 255 8.
 _HOPPER: dict[int, tuple[tuple[_Tile, ...], ...]] = {
     32: (((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128)),
