@@ -28,7 +28,7 @@ from flashcore.core.errors import UnsupportedError
 from flashcore.fast.attention_production import attention
 from flashcore.fast.varlen import attention_varlen
 from flashcore.security import fuzz, record
-from flashcore.testing import Shape, make
+from flashcore.testing import Shape, make, problems
 from flashcore.testing.inputs import place
 
 STREAMS = 8
@@ -55,8 +55,11 @@ class Repeated:
         compute: Any = attention_varlen if drawn.packed else attention
 
         def call() -> Any:
-            return compute(**tensors, **options)
+            result = compute(**tensors, **options)
+            return result if of_none is None else _without(result, of_none)
 
+        of_none = _rows_of_none(drawn)
+        of_none = None if of_none is None else of_none.to(device)
         return Repeated(call, tensors, bits(call()))
 
     def differs(self) -> Tensor:
@@ -66,6 +69,24 @@ class Repeated:
     def digest(self) -> str:
         """Of the bits of all that the call returns."""
         return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in self.want)).hexdigest()[:16]
+
+
+def _rows_of_none(call: problems.Call) -> Tensor | None:
+    """bool [total]: rows that belong to no packed sequence, which no kernel writes; None where there are none."""
+    if not call.packed:
+        return None
+    of_none = torch.ones(len(call.tensors["q"]), dtype=torch.bool)
+    for rows in problems.sequences(call, "q"):
+        of_none[rows] = False
+    return of_none if of_none.any() else None
+
+
+def _without(result: Any, rows: Tensor) -> Any:
+    """An output [total, H, D], or with it lse [H, total], with zeros in these rows."""
+    if isinstance(result, tuple):
+        out, lse = result
+        return _without(out, rows), lse.masked_fill(rows, 0.0)
+    return result.masked_fill(rows[:, None, None], 0.0)
 
 
 def bits(result: Any) -> list[Tensor]:

@@ -282,7 +282,7 @@ class Trial:
         q, k, v = (_heads_first(call, name) for name in "qkv")
         given = {**call.options, **call.tensors}
         judged = {name: value for name, value in given.items() if name in JUDGED}
-        sides = [_sequences(call, name) if call.packed else [slice(None)] for name in "qk"]
+        sides = [sequences(call, name) if call.packed else [slice(None)] for name in "qk"]
         return [
             (rows, expect(q[:, :, rows], k[:, :, keys], v[:, :, keys], q.dtype, **judged))
             for rows, keys in zip(*sides, strict=True)
@@ -347,7 +347,7 @@ def _judge(call: Call, expected: list[tuple[slice, Expected]], out: Tensor, lse:
     return wrong
 
 
-def _sequences(call: Call, name: str) -> list[slice]:
+def sequences(call: Call, name: str) -> list[slice]:
     """The rows of each packed sequence, of q or k, clamped as attention_varlen says."""
     total, longest = len(call.tensors[name]), call.options[f"max_seqlen_{name}"]
     within = [min(max(at, 0), total) for at in call.tensors[f"cu_seqlens_{name}"].tolist()]

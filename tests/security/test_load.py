@@ -48,6 +48,22 @@ def test_a_repeat_that_differs_is_counted(monkeypatch: pytest.MonkeyPatch) -> No
     assert found["problems"] == 2 and found["differing"] > 0 and wrong
 
 
+def test_rows_of_no_sequence_are_anybodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel writes them: what they hold is not compared, and what others hold is."""
+    drawn = ((n, bitwise._rows_of_none(bitwise.fuzz.draw(n, 16))) for n in bitwise.seeds_of(0, 0))
+    number, rows = next((n, rows) for n, rows in drawn if rows is not None and not rows.all())
+    garbage = iter(range(100))
+
+    def unwritten(q: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return q.masked_fill(rows[:, None, None], next(garbage)) + (0 if steady else next(garbage))
+
+    monkeypatch.setattr(bitwise, "attention_varlen", unwritten)
+    steady = True
+    assert not bitwise.Repeated.of(number, "cpu", 16).differs()
+    steady = False
+    assert bitwise.Repeated.of(number, "cpu", 16).differs()
+
+
 def test_threads_and_their_controls() -> None:
     work = load.Load("cpu", threads=3, lanes=2)
     said = work.run(60.0, 3 * load.BLOCK * 2)
