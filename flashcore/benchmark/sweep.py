@@ -1,18 +1,22 @@
 """`flashcore tune`: measure every configuration on this GPU and write the tuning table that chooses among them.
 
-Each configuration passes the error gate before it is timed. All that serve a problem are timed together on the gpu
-clock with warm inputs, the fastest few again for longer, and the table gets one row a problem: the winner and its
-time. Problems that the table has already, from an earlier run, keep their rows unless they are measured again.
+What is to be measured is compiled in several processes first. Each configuration passes the error gate before it is
+timed. All that serve a problem are timed together on the gpu clock with warm inputs, the fastest few again for longer,
+and the table gets one row a problem: the winner and its time. Problems that the table has already, from an earlier run,
+keep their rows unless they are measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -23,7 +27,8 @@ from flashcore.benchmark.terminal import Terminal, kind_of
 from flashcore.core import target as targets
 from flashcore.core.config import Config
 from flashcore.core.problem import Problem
-from flashcore.launch import launcher, packet, select
+from flashcore.core.target import Target
+from flashcore.launch import compile_check, compiled, launcher, packet, select
 from flashcore.launch.arguments import Options, problem_of
 from flashcore.measure import machine
 from flashcore.measure.clocks import Contestant, gpu_times
@@ -58,6 +63,7 @@ def measure(shape: Shape, report: Callable[[str], object] = lambda text: None) -
     q, k, v = shape.inputs()
     out = torch.empty_like(q)
     problem = problem_of(q, k, v, out, Options(is_causal=shape.is_causal))
+    expected = gates.expect(q, k, v, out.dtype, is_causal=shape.is_causal)
     calls: dict[str, Callable[[], None]] = {}
     configs: dict[str, Config] = {}
     for config in select.candidates(problem, targets.current(q.get_device())):
@@ -66,7 +72,7 @@ def measure(shape: Shape, report: Callable[[str], object] = lambda text: None) -
             call = _launcher(problem, config, {"q": q, "k": k, "v": v, "o": out})
             out.fill_(float("nan"))
             call()
-            verdict = gates.check(out, q, k, v, is_causal=shape.is_causal)
+            verdict = expected.check(out)
         except Exception as error:
             torch.cuda.synchronize()  # raises again where the context is lost
             report(f"{shape.label}, {config}: {kind_of(error)}")
@@ -82,6 +88,29 @@ def measure(shape: Shape, report: Callable[[str], object] = lambda text: None) -
         order = sorted(times, key=lambda name: median(times[name]))
         calls = {name: calls[name] for name in order[:FINALISTS]}
     return problem, [Timed(configs[name], median(times[name])) for name in order]
+
+
+def variants(work: Sequence[Shape], target: Target) -> list[tuple[Problem, Config, Target]]:
+    """All that `measure` compiles for these shapes on that GPU, each code once."""
+    found: dict[object, tuple[Problem, Config, Target]] = {}
+    for shape in work:
+        q, k = (
+            torch.empty((shape.batch, heads, shape.seqlen, shape.head_dim), dtype=shape.torch_dtype, device="meta")
+            for heads in (shape.heads, shape.kv_heads)
+        )
+        problem = problem_of(q, k, k, q, Options(is_causal=shape.is_causal))
+        for config in select.candidates(problem, target):
+            binding = launcher.bind(problem, config, problem.head_dim**-0.5, target)
+            found.setdefault(compiled.identity(binding), (problem, config, target))
+    return list(found.values())
+
+
+def _compile(work: Sequence[Shape], target: Target, jobs: int) -> None:
+    """Into Triton's cache, in so many processes. What fails here says why when it is measured."""
+    wanted = variants(work, target)
+    with Terminal(len(wanted), "compiling") as terminal, ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+        for _ in pool.map(compile_check.check, *zip(*wanted, strict=True)):
+            terminal.advance()
 
 
 def _launcher(problem: Problem, config: Config, tensors: dict[str, Tensor]) -> Callable[[], None]:
@@ -128,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = options.out or lookup.TABLES / f"sm{gpu.arch}.json"
     masks = {"full": (False,), "causal": (True,), "both": (False, True)}[options.mask]
     work = list(shapes(options.heads, options.seqlens, options.head_dims, masks))
+    if options.jobs:
+        _compile(work, gpu, options.jobs)
     troubles: list[str] = []
     rows: list[lookup.Row] = []
     with Terminal(len(work), "tuning") as terminal:
@@ -166,6 +197,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", type=int, nargs="+", default=values, metavar="N", help=f"{what} (%(default)s)")
     parser.add_argument("--mask", choices=("full", "causal", "both"), default="both")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N",
+        help="compile in N processes first, one for each core when left out; 0 = when it is measured",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE", help="the table; default: the one that is shipped")
     return parser.parse_args(argv)
 

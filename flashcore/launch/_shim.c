@@ -7,7 +7,8 @@
    A call is served only where nothing has to see it: exact tensor types, the thread's dispatch keys as they were when
    the entry was added, no forward-mode level, the context of the tensors' device. One that needs a gradient is launched
    and then given a graph node by _node.cpp, where that was built, or handed to an autograd.Function, whose forward finds
-   the results here. Everything else returns None, and the caller goes the Python way. No header but Python's is needed, and libcuda is not linked: all foreign functions arrive as addresses.
+   the results here. Everything else returns None, and the caller goes the Python way. No header but Python's is needed,
+   and libcuda is not linked: all foreign functions arrive as addresses.
 
    One file, though it is long: Triton's machinery builds an extension from one source. */
 #define PY_SSIZE_T_CLEAN

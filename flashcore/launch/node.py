@@ -157,7 +157,10 @@ def _found() -> str | None:
 
 
 def _compile() -> None:
-    from torch.utils import cpp_extension
+    try:
+        from torch.utils import cpp_extension  # which asks for setuptools
+    except ImportError as error:
+        raise RuntimeError(f"the graph node in C++: {error}") from error
 
     includes = [*cpp_extension.include_paths(), sysconfig.get_paths()["include"]]
     with tempfile.TemporaryDirectory() as folder:

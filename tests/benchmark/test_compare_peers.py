@@ -14,6 +14,9 @@ from flashcore.benchmark.isolation import Journal, Writer
 from flashcore.benchmark.peers import ALL, Peer, Prepared
 from flashcore.benchmark.shapes import NINE, SUITES, Shape
 from flashcore.core.config import Config
+from flashcore.core.target import H100
+from flashcore.launch import select
+from flashcore.launch.arguments import Options, problem_of
 from flashcore.measure import ceilings, clocks, machine, second_opinion
 from flashcore.tuning import lookup
 from tests.benchmark import records
@@ -381,6 +384,16 @@ def test_a_new_row_replaces_the_one_of_its_problem() -> None:
 
     rows = sweep.merged([row(3.0), row(9.0, 256)], [row(2.0), row(1.0, is_causal=True)])
     assert [(r.is_causal, r.seqlen_q, r.us) for r in rows] == [(False, 128, 2.0), (False, 256, 9.0), (True, 128, 1.0)]
+
+
+def test_a_sweep_compiles_each_code_once_and_what_it_measures() -> None:
+    one, longer, causal = (Shape(2, 8, s, 64, is_causal=c) for s, c in ((256, False), (512, False), (256, True)))
+    found = sweep.variants([one], H100)
+    q, k, v = one.inputs(device="cpu")
+    assert {problem for problem, _, _ in found} == {problem_of(q, k, v, torch.empty_like(q), Options())}
+    assert {config for _, config, _ in found} == set(select.candidates(found[0][0], H100))
+    assert len(found) < len(sweep.variants([one, longer], H100)) < 2 * len(found)
+    assert len(sweep.variants([one, one, causal], H100)) == len(found) + len(sweep.variants([causal], H100))
 
 
 def test_sweep_shapes_have_the_heads_asked_for() -> None:
