@@ -238,7 +238,7 @@ def attention_forward(
     BIAS: gl.constexpr = mask_desc is not None and mask_desc.dtype != gl.int8
     RAGGED: gl.constexpr = seqused_k is not None or cu_seqlens_k is not None
     MASKED: gl.constexpr = CAUSAL or not EVEN_N or left is not None
-    ONE_ITEM: gl.constexpr = not PERSISTENT and cu_seqlens_q is None
+    ONE_ITEM: gl.constexpr = not PERSISTENT and cu_seqlens_q is None and mask_desc is None
 
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -325,7 +325,8 @@ def attention_forward(
     loads = 0  # of K, and of V; their parity is the phase of the barriers
     turn = 0
     # A block that takes one item says so: else what follows the loop over key tiles, narrow tiles, the output and lse,
-    # has what it computes from the thread alone kept in registers across that loop, which has none left.
+    # has what it computes from the thread alone kept in registers across that loop, which has none left. (With a mask
+    # the compiler then needs more instead.)
     for index in range(first, 1 if ONE_ITEM else items, step):
         row = row_tile * BLOCK_M
         if seqused_k is not None:
