@@ -53,13 +53,12 @@ class Repeated:
         tensors = {name: place(t, device) for name, t in drawn.tensors.items()}
         options = {name: value for name, value in drawn.options.items() if name != "out"}
         compute: Any = attention_varlen if drawn.packed else attention
+        of_none = problems.rows_of_none(drawn).to(device) if drawn.packed else None
 
         def call() -> Any:
             result = compute(**tensors, **options)
             return result if of_none is None else _without(result, of_none)
 
-        of_none = _rows_of_none(drawn)
-        of_none = None if of_none is None else of_none.to(device)
         return Repeated(call, tensors, bits(call()))
 
     def differs(self) -> Tensor:
@@ -71,18 +70,8 @@ class Repeated:
         return hashlib.sha256(b"".join(t.cpu().numpy().tobytes() for t in self.want)).hexdigest()[:16]
 
 
-def _rows_of_none(call: problems.Call) -> Tensor | None:
-    """bool [total]: rows that belong to no packed sequence, which no kernel writes; None where there are none."""
-    if not call.packed:
-        return None
-    of_none = torch.ones(len(call.tensors["q"]), dtype=torch.bool)
-    for rows in problems.sequences(call, "q"):
-        of_none[rows] = False
-    return of_none if of_none.any() else None
-
-
 def _without(result: Any, rows: Tensor) -> Any:
-    """An output [total, H, D], or with it lse [H, total], with zeros in these rows."""
+    """An output [total, H, D], or with it lse [H, total], with zeros in these rows: they hold what they held before."""
     if isinstance(result, tuple):
         out, lse = result
         return _without(out, rows), lse.masked_fill(rows, 0.0)

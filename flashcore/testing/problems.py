@@ -282,7 +282,7 @@ class Trial:
         q, k, v = (_heads_first(call, name) for name in "qkv")
         given = {**call.options, **call.tensors}
         judged = {name: value for name, value in given.items() if name in JUDGED}
-        sides = [sequences(call, name) if call.packed else [slice(None)] for name in "qk"]
+        sides = [_sequences(call, name) if call.packed else [slice(None)] for name in "qk"]
         return [
             (rows, expect(q[:, :, rows], k[:, :, keys], v[:, :, keys], q.dtype, **judged))
             for rows, keys in zip(*sides, strict=True)
@@ -338,20 +338,26 @@ def _judge(call: Call, expected: list[tuple[slice, Expected]], out: Tensor, lse:
     out = _swapped(out, call)
     if lse is not None and call.packed:
         lse = lse[None]
-    of_none = torch.ones(out.shape[2], dtype=torch.bool)
     for rows, right in expected:
-        of_none[rows] = False
         wrong.append(right.check(out[:, :, rows], None if lse is None else lse[:, :, rows]).failures)
-    if call.options["out"] and not out[:, :, of_none].isnan().all():
+    if call.packed and call.options["out"] and not out[:, :, rows_of_none(call)].isnan().all():
         wrong.append("written to rows of no sequence")
     return wrong
 
 
-def sequences(call: Call, name: str) -> list[slice]:
+def _sequences(call: Call, name: str) -> list[slice]:
     """The rows of each packed sequence, of q or k, clamped as attention_varlen says."""
     total, longest = len(call.tensors[name]), call.options[f"max_seqlen_{name}"]
     within = [min(max(at, 0), total) for at in call.tensors[f"cu_seqlens_{name}"].tolist()]
     return [slice(a, max(a, min(b, a + longest))) for a, b in zip(within, within[1:], strict=False)]
+
+
+def rows_of_none(call: Call) -> Tensor:
+    """bool [total], of packed sequences: rows of q that belong to none, which no kernel writes."""
+    of_none = torch.ones(len(call.tensors["q"]), dtype=torch.bool)
+    for rows in _sequences(call, "q"):
+        of_none[rows] = False
+    return of_none
 
 
 def repro(seed: int, backend: str | None, device: str, longest: int = LONGEST) -> str:

@@ -31,6 +31,18 @@ def test_no_two_shards_share_a_kind() -> None:
     assert len(set(seen)) == len(seen) and max(seen) < 1 << fuzz.KIND_BITS
 
 
+@pytest.mark.parametrize("planted", [False, True])
+def test_the_control_draws_from_many_kinds(planted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, too, where others stay with one: a kind may have nothing in it of what is planted."""
+    asked: list[int] = []
+    monkeypatch.setattr(fuzz, "_plant", lambda name: None)
+    monkeypatch.setattr(fuzz, "work", lambda *args, per_kind, **rest: asked.append(per_kind) or 0)
+    command = ["--work", str(tmp_path / "journal"), "--device", "cuda"]
+    assert fuzz.main([*command, *(["--plant", fuzz.CONTROL] if planted else [])]) == 0
+    (per_kind,) = asked
+    assert (fuzz.CONTROL_PROBLEMS // per_kind >= 10) == planted
+
+
 def test_a_slice_of_problems_and_the_control(tmp_path: Path) -> None:
     path = tmp_path / "fuzz.json"
     status = fuzz.main([

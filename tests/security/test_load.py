@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from flashcore.security import bitwise, load
+from flashcore.testing import problems
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +51,9 @@ def test_a_repeat_that_differs_is_counted(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_rows_of_no_sequence_are_anybodys(monkeypatch: pytest.MonkeyPatch) -> None:
     """No kernel writes them: what they hold is not compared, and what others hold is."""
-    drawn = ((n, bitwise._rows_of_none(bitwise.fuzz.draw(n, 16))) for n in bitwise.seeds_of(0, 0))
-    number, rows = next((n, rows) for n, rows in drawn if rows is not None and not rows.all())
+    drawn = ((n, bitwise.fuzz.draw(n, 16)) for n in bitwise.seeds_of(0, 0))
+    packed = ((n, problems.rows_of_none(call)) for n, call in drawn if call.packed)
+    number, rows = next((n, rows) for n, rows in packed if rows.any() and not rows.all())
     garbage = iter(range(100))
 
     def unwritten(q: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
