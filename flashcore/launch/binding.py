@@ -107,12 +107,14 @@ def length_pointers(problem: Problem, block_m: int) -> dict[str, Pointer | Scala
 
 
 def narrow_tile(problem: Problem, block_n: int) -> int:
-    """Keys of the Hopper kernel's narrow tiles, the last one or, causal, those on the diagonal; the others then need no
-    mask. 0 where it has none.
+    """Keys of the Hopper kernel's narrow tiles, those at a sequence's end or, causal, on the diagonal; the others then
+    need no mask. 0 where it has none.
     """
     p, rest = problem, problem.seqlen_k % block_n
-    if p.seqlen_k <= block_n or p.ragged or p.mask is not None or p.window != (-1, -1):
+    if p.seqlen_k <= block_n or p.mask is not None or p.window != (-1, -1):
         return 0
+    if p.ragged:  # where they were measured to pay
+        return block_n // 2 if max(p.head_dim, p.head_dim_v) <= 64 and not (p.is_causal and p.seqused_k) else 0
     if p.is_causal:
         return block_n // 2
     if rest == 0:

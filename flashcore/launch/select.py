@@ -160,26 +160,56 @@ _HOPPER_OPTIONS: dict[int, tuple[tuple[_Tile, ...], tuple[_Tile, ...], tuple[_Ti
     96: (((128, 64, 8, 128), (64, 64, 4, 128)), ((64, 64, 4, 168),), ((64, 64, 4, 255),)),
     128: (((64, 64, 4, 168), (64, 128, 4, 255)), ((64, 64, 4, 168),), ((64, 64, 4, 255),)),
 }  # fmt: skip
+# Where lengths on the device are the only option, causal and with lse, too.
+_HOPPER_LENGTHS: dict[int, tuple[_Tile, ...]] = {
+    32: ((64, 64, 4, 96), (64, 64, 4, 128)),
+    64: ((64, 64, 4, 96), (64, 64, 4, 128)),
+    96: ((128, 64, 8, 128), (64, 64, 4, 128)),
+    128: ((64, 64, 4, 128), (64, 64, 4, 168)),
+}
+# First choice for a bias alone where `_fills_wide_tiles` says so.
+_HOPPER_BIAS: dict[int, _Tile] = {32: (64, 128, 4, 128), 64: (64, 128, 4, 168)}
+
+
+def _fills_wide_tiles(keys: int, width: int) -> bool:
+    """Whether a bias over so many keys was seen to be faster in tiles of 128, at this padded head dimension."""
+    return width in _HOPPER_BIAS and keys % 128 == 0 and (keys >= 512 or (keys == 128 and width == 32))
 
 
 def _hopper_options(problem: Problem) -> tuple[Config, ...]:
     """The Hopper kernel's configurations for a problem with options. With seqused_k alone, blocks may stay for several
     items.
     """
-    dim = max(problem.head_dim, problem.head_dim_v)
-    light, some, many = next((_HOPPER_OPTIONS[padded] for padded in _HOPPER_OPTIONS if dim <= padded), ((), (), ()))
-    wide_mask = problem.mask is not None and problem.mask.dtype == torch.float32
-    burden = len(problem.options) + problem.is_causal + 2 * wide_mask
+    p, dim = problem, max(problem.head_dim, problem.head_dim_v)
+    width = next((padded for padded in _HOPPER_OPTIONS if dim <= padded), None)
+    if width is None:
+        return ()
+    if p.options in (("seqused_k",), ("cu_seqlens",)):
+        return _hopper_lengths(p, _HOPPER_LENGTHS[width])
+    light, some, many = _HOPPER_OPTIONS[width]
+    wide_mask = p.mask is not None and p.mask.dtype == torch.float32
+    burden = len(p.options) + p.is_causal + 2 * wide_mask
     if burden > 2:
         tiles = many
-    elif burden == 2 or problem.return_lse or "window" in problem.options:
+    elif burden == 2 or p.return_lse or "window" in p.options:
         tiles = some
     else:
         tiles = light
+        if p.mask is not None and p.mask.dtype != torch.bool and _fills_wide_tiles(p.seqlen_k, width):
+            tiles = (_HOPPER_BIAS[width], *(t for t in light if t != _HOPPER_BIAS[width]))
+    return tuple(Config("hopper", m, n, warps, 1, "", registers) for m, n, warps, registers in tiles)
+
+
+def _hopper_lengths(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[Config, ...]:
+    """For lengths on the device: blocks that take one tile and, for seqused_k without more, those that stay, which
+    take a few registers more.
+    """
     flat = tuple(Config("hopper", m, n, warps, 1, "", registers) for m, n, warps, registers in tiles)
-    if problem.options != ("seqused_k",) or tiles is not light or not _counts(problem, 64):
+    if p.packed or p.is_causal or p.return_lse or not _counts(p, 64):
         return flat
-    return (*(replace(c, schedule="persistent") for c in flat if problem.seqlen_k > c.block_n), *flat)
+    most = max(p.head_dim, p.head_dim_v)
+    stay = (c for c in flat if p.seqlen_k > c.block_n and (most <= 96 or c.maxnreg != 128))
+    return (*(replace(c, schedule="persistent") for c in stay), *flat)
 
 
 def _specialized(problem: Problem) -> tuple[Config, ...]:
@@ -324,12 +354,13 @@ _MANY_KEYS = 1024  # from which on blocks that stay for several items were seen 
 
 def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
     """The Hopper kernel's first configuration where it serves; where keys are few, as blocks that stay for up to four
-    items each. That saves a block's start and end, which are nothing beside many keys: then the next tile had better go
-    to whichever SM is done first. For twice as many, blocks of warpgroups that share K and V, where they fill the GPU
-    at head dimensions above 96.
+    items each, and more than two where these are of unlike lengths. That saves a block's start and end, which are
+    nothing beside many keys: then the next tile had better go to whichever SM is done first. For twice as many, blocks
+    of warpgroups that share K and V, where they fill the GPU at head dimensions above 96.
 
     128 rows for head dimensions between 64 and 96, where there is a block for every SM: rows of K and V then lie across
-    the L2's lines, and TMA's requests bind, which 128 rows halve. Else 64.
+    the L2's lines, and TMA's requests bind, which 128 rows halve. Else 64, and for packed sequences, whose ends 128
+    rows fill worse.
 
     Of the portable kernel the tile nearest to what the shape asks for; the first in the list among equals.
     Rows: 64, the most that 4 warps hold without sharing rows, so that several blocks share an SM and hide each
@@ -344,10 +375,11 @@ def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
 
     ours = [c for c in configs if c.kernel == "hopper"]
     if ours:
-        stays = "persistent" if 1 < blocks(64) / (4 * target.sms) <= 4 and 128 < p.seqlen_k < _MANY_KEYS else ""
+        least = 2 if p.ragged else 1
+        stays = "persistent" if least < blocks(64) / (4 * target.sms) <= 4 and 128 < p.seqlen_k < _MANY_KEYS else ""
         shared = p.seqlen_k >= 2 * _MANY_KEYS and blocks(128) >= target.sms
         ours = [c for c in ours if (c.schedule == "specialized") == shared] or ours
-        wide = 64 < max(p.head_dim, p.head_dim_v) <= 96 and blocks(128) >= target.sms
+        wide = 64 < max(p.head_dim, p.head_dim_v) <= 96 and blocks(128) >= target.sms and not p.packed
         ours = [c for c in ours if (c.block_m == 128) == wide] or ours
         return next((c for c in ours if c.schedule == stays), ours[0])
     rows = 64

@@ -205,21 +205,35 @@ def test_nothing_that_may_be_chosen_spills(asked: Problem) -> None:
     assert not {config: stack for config, (_, stack) in found.items() if stack}, "bytes of stack a thread"
 
 
+def packed(**change: Any) -> Problem:
+    asked = problem(**change)
+    rows = (0, asked.head_dim, 8 * asked.head_dim)
+    return dataclasses.replace(asked, packed=(1000, 1000), stride_q=rows, stride_k=rows, stride_v=rows, stride_o=rows)
+
+
+BIAS = Mask(torch.float16, (0, 512 * 512, 512, 1))
+
+
 @pytest.mark.parametrize(
-    "option",
+    "asked",
     [
-        pytest.param({"window": (128, 16)}, id="window"),
-        pytest.param({"softcap": 30.0}, id="softcap"),
-        pytest.param({"mask": Mask(torch.float16, (0, 512 * 512, 512, 1))}, id="bias"),
-        pytest.param({"mask": Mask(torch.float32, (0, 512 * 512, 512, 1))}, id="fp32-bias"),
-        pytest.param({"mask": Mask(torch.bool, (512 * 512, 0, 512, 1))}, id="bool-mask"),
-        pytest.param({"seqused_k": True}, id="seqused_k"),
-        pytest.param({"packed": (1000, 1000), "stride_q": (0, 64, 512), "stride_k": (0, 64, 512),
-                      "stride_v": (0, 64, 512), "stride_o": (0, 64, 512)}, id="packed"),
+        pytest.param(problem(window=(128, 16)), id="window"),
+        pytest.param(problem(softcap=30.0), id="softcap"),
+        pytest.param(problem(mask=BIAS), id="bias"),
+        pytest.param(problem(mask=BIAS, head_dim=32), id="bias-dim-32"),
+        pytest.param(problem(mask=Mask(torch.float32, BIAS.strides)), id="fp32-bias"),
+        pytest.param(problem(mask=Mask(torch.bool, (512 * 512, 0, 512, 1))), id="bool-mask"),
+        pytest.param(problem(seqused_k=True), id="seqused_k"),
+        pytest.param(problem(seqused_k=True, return_lse=True), id="seqused_k-lse"),
+        pytest.param(problem(seqused_k=True, is_causal=True, return_lse=True), id="seqused_k-causal-lse"),
+        pytest.param(problem(seqused_k=True, head_dim=128), id="seqused_k-dim-128"),
+        pytest.param(packed(), id="packed"),
+        pytest.param(packed(is_causal=True, return_lse=True), id="packed-causal-lse"),
+        pytest.param(packed(head_dim=96), id="packed-dim-96"),
+        pytest.param(packed(head_dim=128, is_causal=True, return_lse=True), id="packed-dim-128-causal-lse"),
     ],
-)  # fmt: skip
-def test_nothing_that_an_option_may_choose_spills(option: dict[str, Any]) -> None:
-    asked = problem(**option)
+)
+def test_nothing_that_an_option_may_choose_spills(asked: Problem) -> None:
     found = {config: resources(code(asked, config).cubin)[1] for config in configs(asked)}
     assert found
     assert max(found.values()) <= (24 if NEWEST else 0), found  # 3.9 spills 16 bytes with a bias, 24 with seqused_k

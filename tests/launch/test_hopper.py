@@ -234,10 +234,14 @@ def test_packed_sequences_of_which_most_are_short_are_looked_up() -> None:
 def test_the_last_keys_get_a_tile_as_narrow_as_they_need(keys: int, block_n: int, width: int) -> None:
     asked = problem(seqlen_k=keys)
     assert narrow_tile(asked, block_n) == width
-    for change in ({"window": (5, 5)}, {"seqused_k": True}):
-        assert narrow_tile(dataclasses.replace(asked, **change), block_n) == 0
+    assert narrow_tile(dataclasses.replace(asked, window=(5, 5)), block_n) == 0
+    half = block_n // 2 if keys > block_n else 0
     causal = dataclasses.replace(asked, is_causal=True)
-    assert narrow_tile(causal, block_n) == (block_n // 2 if keys > block_n else 0), "those on the diagonal"
+    assert narrow_tile(causal, block_n) == half, "those on the diagonal"
+    lengths = dataclasses.replace(asked, seqused_k=True)
+    assert narrow_tile(lengths, block_n) == half, "those at the end that only the device knows"
+    assert narrow_tile(dataclasses.replace(lengths, is_causal=True), block_n) == 0
+    assert narrow_tile(dataclasses.replace(lengths, head_dim=96, head_dim_v=96), block_n) == 0
 
 
 def accepted(found: Tma) -> bool:
