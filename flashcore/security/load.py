@@ -8,8 +8,13 @@ of its problem must show; and a leak of a tensor every so many calls, which both
 
 from __future__ import annotations
 
+import argparse
 import gc
+import json
+import os
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
@@ -170,51 +175,96 @@ def gained(memory: Sequence[dict[str, int]], what: str) -> int:
     return min(after[half:], default=after[-1]) - max(after[:half]) if len(after) > 1 else 0
 
 
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """What one process saw: of the load, of one bit changed, and of a leak."""
+    load = Load(options.device, options.threads, options.streams)
+    total, memory = soak(load, options.slices, options.seconds, sys.maxsize if options.soak else options.calls)
+    load.problems[0].want.view(-1)[0] ^= 1
+    synchronize(options.device)
+    planted = load.run(5.0, options.threads * BLOCK * len(SHAPES))
+    leaky = Load(options.device, options.threads, options.streams, leak=1 << 16)
+    _, leaked = soak(leaky, 8, 4.0, 40 * BLOCK * options.threads)
+    return {
+        "calls": total.calls, "mismatches": total.mismatches, "errors": total.errors, "memory": memory,
+        "planted": {"calls": planted.calls, "noticed": planted.mismatches}, "memory_leaking": leaked,
+    }  # fmt: skip
+
+
+def at_once(options: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, Any]]:
+    """What several processes saw beside each other, each on one of the visible GPUs in turn."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    with tempfile.TemporaryDirectory() as folder:
+        running = []
+        for i in range(options.processes):
+            path = Path(folder, f"{i}.json")
+            command = [sys.executable, "-m", "flashcore.security.load", *argv, "--work", str(path)]
+            environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus.split(",")[i % len(gpus.split(","))]}
+            running.append((path, subprocess.Popen(command, env=environment)))
+        ended = [process.wait() for _, process in running]
+        nothing = {"calls": 0, "mismatches": 0, "memory": [], "planted": {"calls": 0, "noticed": 0},
+                   "memory_leaking": []}  # fmt: skip
+        return [
+            json.loads(path.read_text()) if path.exists() else {**nothing, "errors": [f"a process ended with {status}"]}
+            for (path, _), status in zip(running, ended, strict=True)
+        ]
+
+
+def rows(found: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[record.Row]:
+    """The claims, from what every process saw."""
+    calls, mismatches, errors = (
+        sum(e["calls"] for e in found), sum(e["mismatches"] for e in found), sum(len(e["errors"]) for e in found)
+    )  # fmt: skip
+    noticed, planted = (sum(e["planted"][name] for e in found) for name in ("noticed", "calls"))
+    most = {what: max(gained(e["memory"], what) for e in found) for what in ("device", "host")}
+    least = {what: min(gained(e["memory_leaking"], what) for e in found) for what in ("device", "host")}
+    leak_seen = least["host"] > HOST_LIMIT and (least["device"] > 0 or options.device == "cpu")
+    several = f" in each of {len(found)} processes at once" if len(found) > 1 else ""
+    return [
+        record.Row(
+            f"{options.threads} threads on {options.streams} streams get the right bits every time",
+            f"{calls:,} calls: {mismatches} mismatches, {errors} errors",
+            f"one bit of what is expected changed: {noticed} of {planted} calls noticed",
+            not mismatches and not errors and calls > 0 and all(e["planted"]["noticed"] for e in found),
+        ),
+        record.Row(
+            "Memory does not grow: no byte on the device, at most 1 MiB on the host",
+            f"{options.slices} slices in {options.seconds:.0f} s{several}: {most['device']:,} bytes gained on the"
+            f" device, {most['host'] / 2**20:.2f} MiB on the host",
+            f"a planted leak: {least['device']:,} bytes and {least['host'] / 2**20:.1f} MiB",
+            not errors and most["device"] <= 0 and most["host"] <= HOST_LIMIT and leak_seen,
+        ),
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns 1 when a result differed, memory grew, or a control went unnoticed."""
     on_gpu = torch.cuda.is_available()
     parser = record.parser("load", "Threads and streams at once: every result compared, memory watched.")
     parser.add_argument("--calls", type=int, default=1_000_000 if on_gpu else 20_000, metavar="N", help="(%(default)s)")
     parser.add_argument("--seconds", type=float, default=60.0, metavar="T", help="at most (%(default)s)")
-    parser.add_argument("--threads", type=int, default=8, metavar="N", help="(%(default)s)")
-    parser.add_argument("--streams", type=int, default=16, metavar="N", help="(%(default)s)")
+    parser.add_argument("--soak", action="store_true", help="for all of --seconds, however many calls that makes")
+    parser.add_argument("--processes", type=int, default=1, metavar="K", help="at once (%(default)s)")
+    parser.add_argument("--threads", type=int, default=8, metavar="N", help="of each (%(default)s)")
+    parser.add_argument("--streams", type=int, default=16, metavar="N", help="of each (%(default)s)")
     parser.add_argument("--slices", type=int, default=12, metavar="N", help="memory is read after each (%(default)s)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--work", type=Path, help="be one of the processes, which writes here")
     options = parser.parse_args(argv)
     if options.device == "cpu":
         torch.set_num_threads(1)
+    if options.work is not None:
+        record.write(options.work, measure(options))
+        return 0
     began = time.monotonic()
-    load = Load(options.device, options.threads, options.streams)
-    total, memory = soak(load, options.slices, options.seconds, options.calls)
-    load.problems[0].want.view(-1)[0] ^= 1
-    synchronize(options.device)
-    planted = load.run(5.0, options.threads * BLOCK * len(SHAPES))
-    leaky = Load(options.device, options.threads, options.streams, leak=1 << 16)
-    _, leaked = soak(leaky, 8, 4.0, 40 * BLOCK * options.threads)
-    host, device = gained(memory, "host"), gained(memory, "device")
-    lost_host, lost_device = gained(leaked, "host"), gained(leaked, "device")
-    noticed = lost_host > HOST_LIMIT and (lost_device > 0 or options.device == "cpu")
-    rows = [
-        record.Row(
-            f"{options.threads} threads on {options.streams} streams get the right bits every time",
-            f"{total.calls:,} calls: {total.mismatches} mismatches, {len(total.errors)} errors",
-            f"one bit of what is expected changed: {planted.mismatches} of {planted.calls} calls noticed",
-            not total.mismatches and not total.errors and total.calls > 0 and planted.mismatches > 0,
-        ),
-        record.Row(
-            "Memory does not grow: no byte on the device, at most 1 MiB on the host",
-            f"{options.slices} slices in {options.seconds:.0f} s: {device:,} bytes gained on the device,"
-            f" {host / 2**20:.2f} MiB on the host",
-            f"a planted leak: {lost_device:,} bytes and {lost_host / 2**20:.1f} MiB",
-            device <= 0 and host <= HOST_LIMIT and noticed,
-        ),
-    ]
-    for error in total.errors[:5]:
+    arguments = sys.argv[1:] if argv is None else argv
+    found = [measure(options)] if options.processes == 1 else at_once(options, arguments)
+    said = rows(found, options)
+    for error in [error for each in found for error in each["errors"]][:5]:
         print(f"  {error}")
+    complete = sum(each["calls"] for each in found) >= options.calls and options.device != "cpu"
     return record.finish(
-        "load", rows, options.json, arguments=argv, seconds=time.monotonic() - began, gpu=options.device != "cpu",
-        complete=total.calls >= options.calls and options.device != "cpu", calls=total.calls,
-        mismatches=total.mismatches, errors=total.errors, memory=memory, memory_leaking=leaked,
+        "load", said, options.json, arguments=argv, seconds=time.monotonic() - began, gpu=options.device != "cpu",
+        complete=complete, processes=found,
     )  # fmt: skip
 
 

@@ -235,8 +235,8 @@ def attention_forward(
     MORE_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, MORE_DV, 16])
     MORE_P: gl.constexpr = gl.DotOperandLayout(0, MORE_O, 2)
     BIAS: gl.constexpr = mask_desc is not None and mask_desc.dtype != gl.int8
-    # Scores with a bias may be as low as its lowest number. Of fp16, its product with a factor is rounded by 2^-8 at most,
-    # by as much for all keys of a row. Of bf16 and fp32, by more than exp2 can take.
+    # Scores with a bias may be as low as its lowest number. Of fp16, its product with a factor is rounded by 2^-8 at
+    # most, by as much for all keys of a row. Of bf16 and fp32, by more than exp2 can take.
     NATURAL: gl.constexpr = BIAS and mask_desc.dtype != gl.float16
     RAGGED: gl.constexpr = seqused_k is not None or cu_seqlens_k is not None
     MASKED: gl.constexpr = CAUSAL or not EVEN_N or left is not None

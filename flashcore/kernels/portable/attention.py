@@ -197,8 +197,8 @@ def attend(
     keys = tl.arange(0, BLOCK_N)
     BOUND: tl.constexpr = EDGE != NONE and not EVEN_N
     BIAS: tl.constexpr = mask is not None and mask.dtype.element_ty != tl.uint8
-    # Scores with a bias may be as low as its lowest number. Of fp16, its product with a factor is rounded by 2^-8 at most,
-    # by as much for all keys of a row. Of bf16 and fp32, by more than exp2 can take.
+    # Scores with a bias may be as low as its lowest number. Of fp16, its product with a factor is rounded by 2^-8 at
+    # most, by as much for all keys of a row. Of bf16 and fp32, by more than exp2 can take.
     NATURAL: tl.constexpr = BIAS and mask.dtype.element_ty != tl.float16
     for start_n in tl.range(begin, end, BLOCK_N):
         k_tile = load_rows(k, start_n, keys, stride_kn, seqlen_k, 0, BLOCK_D, HEAD_DIM, BOUND)
