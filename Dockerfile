@@ -7,7 +7,7 @@
 # host's driver. This one has what remains, Python's headers, which the slim images of the distributions leave out.
 FROM python:3.12-slim-trixie
 
-# Triton and FlashCore's launch path compile C at the first call (gcc), torch.compile C++ (g++).
+# Triton and FlashCore's launch path compile C at the first call (gcc), torch.compile and calls with gradients C++ (g++).
 RUN apt-get update \
  && apt-get install --yes --no-install-recommends g++ gcc libc6-dev \
  && rm -rf /var/lib/apt/lists/*

@@ -131,9 +131,8 @@ def warmup(
         attn_mask: a tensor that looks like the masks to come; what it holds does not matter.
         seqused_k: whether the calls to come pass one.
         gradients: whether the calls to come pass inputs that require grad. Theirs may be another kernel, one that also
-            writes the log-sum-exp; and their graph node is then built in C++, if it is not in Triton's cache yet: some
-            ten seconds, by g++ or clang++ ($CXX) and torch's headers, for calls that cost the host less from then on,
-            in later processes too.
+            writes the log-sum-exp; and their graph node in C++, which is otherwise built in the background of the first
+            of them, is waited for: some ten seconds, unless it is in Triton's cache.
         target: compile for this GPU into Triton's cache and load nothing: needs no GPU, as in a container's build.
         progress: draw a progress bar on stderr, where it is a terminal.
         options: block_m, block_n, is_causal, scale, return_lse, layout, backend, window, softcap, as `attention`

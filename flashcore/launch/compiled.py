@@ -1,4 +1,4 @@
-"""Compiling a bound kernel: the one module that touches Triton's private interfaces.
+"""Compiling a bound kernel, or C++: the one module that touches Triton's private interfaces.
 
 Compiling goes through `triton.compile` for every purpose, so that what is audited without a GPU is what runs on
 one; Triton keeps the result on disk. Loading and launching do without Triton (see packet.py) unless a kernel's
@@ -8,8 +8,10 @@ parameters are not the expected ones, and then go through `CompiledKernel.run`, 
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from flashcore.launch.binding import Binding, Pointer, Scalar, Tma
@@ -187,3 +189,25 @@ class _Address:
 
     def data_ptr(self) -> int:
         return self.address
+
+
+# -- the compiler for the host ------------------------------------------------------------------------------------
+
+
+def build_library(
+    name: str, source: Path, folder: str, *, include_dirs: list[str], library_dirs: list[str], libraries: list[str],
+    flags: list[str],
+) -> Path:
+    """Compile C or C++ into a shared library in `folder`, with the compiler that Triton builds its launcher with.
+
+    Raises:
+        RuntimeError: this Triton has no such function, or the compiler failed; what that said is on stderr.
+    """  # fmt: skip
+    try:
+        from triton.runtime.build import _build
+
+        return Path(_build(name, str(source), folder, library_dirs, include_dirs, libraries, flags))
+    except (ImportError, TypeError) as error:
+        raise RuntimeError(f"this Triton does not build libraries as others do: {error}") from error
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(f"{error.cmd[0]} ended with status {error.returncode}") from error

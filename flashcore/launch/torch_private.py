@@ -5,6 +5,7 @@ The substitutes cost a few microseconds a call and change nothing else; both are
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,11 @@ def apply_function(function: type[torch.autograd.Function]) -> Callable[..., Any
     except AttributeError:
         return function.apply
     return plain
+
+
+def compiled_autograd() -> bool:
+    """Whether torch._dynamo.config.compiled_autograd is on. Does not load torch._dynamo, which takes seconds."""
+    return bool(getattr(sys.modules.get("torch._dynamo.config"), "compiled_autograd", False))
 
 
 def _documented_stream(device: int) -> int:

@@ -80,6 +80,28 @@ def test_an_output_without_a_gradient_is_not_timed_where_gradients_are_wanted(on
     assert found["dropping"]["status"] == "refused" and "host" not in found["dropping"]
 
 
+def test_gradients_are_timed_with_the_node_in_the_default_row_and_without_it_beside(on_cpu, monkeypatch):
+    inputs = [t.requires_grad_() for t in host.SHAPE.inputs()]
+    monkeypatch.setattr(host.shim, "load", lambda: True)
+    waited = []
+    monkeypatch.setattr(host.node, "build", lambda: waited.append("build"))
+    default, function = (host.CONTESTANTS[name] for name in ("flashcore", host.FUNCTION))
+    assert {"flashcore", host.FUNCTION} <= set(host.WITH_GRADIENTS)
+    with default.prepare(host.SHAPE, *inputs).context():
+        assert waited == ["build"] and not host.node._off
+    with function.prepare(host.SHAPE, *inputs).context():
+        assert waited == ["build"] and host.node._off
+    default.prepare(host.SHAPE, *(t.detach() for t in inputs))
+    assert waited == ["build"]
+
+    def refuse() -> None:
+        raise RuntimeError("no headers")
+
+    monkeypatch.setattr(host.node, "build", refuse)
+    with pytest.raises(host.NotServedError, match="no headers"):
+        default.prepare(host.SHAPE, *inputs)
+
+
 def test_the_other_figures_as_text():
     timing = {"us": 3.5, "over_kernel": {"value": 1.01, "low": 1.0, "high": 1.02}}
     record = {
@@ -97,7 +119,8 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 
 @pytest.mark.gpu
-def test_it_measures_and_writes(tmp_path):
+def test_it_measures_and_writes(tmp_path, monkeypatch):
+    monkeypatch.delenv("FLASHCORE_NODE")
     assert host.main(["--blocks", "5", "--calls", "50", "--json", str(tmp_path / "host.json")]) == 0
     record = json.loads((tmp_path / "host.json").read_text())
     for case in record["cases"]:

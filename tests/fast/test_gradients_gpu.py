@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(params=["node", "shim", "python"], autouse=True)
-def path(request):
+def path(request, monkeypatch):
     if request.param == "python":
         with shim.disabled():
             yield
@@ -28,6 +28,7 @@ def path(request):
         with node.disabled():
             yield
         return
+    monkeypatch.delenv("FLASHCORE_NODE")
     if node._found() is None and (why := node._missing()):
         pytest.skip(f"no node in C++: {why}")
     node.build()

@@ -23,12 +23,11 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[fake_gpu.FakeGpu]:
 @pytest.fixture(scope="session")
 def attach() -> Any:
     """What the C++ node gives the shim to call, built where the cache has none; or a skip that says what is missing."""
-    why = node._unfit() or (None if node._found() else node._missing())
-    if why:
-        pytest.skip(f"no node in C++: {why}")
-    if node._found() is None:
-        node._compile()
-    return node._attach or node._import(node._found())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FLASHCORE_NODE")
+        if why := node._unfit() or (None if node._found() else node._missing()):
+            pytest.skip(f"no node in C++: {why}")
+    return node._attach or node._import(node._built(anew=False))
 
 
 @pytest.fixture
