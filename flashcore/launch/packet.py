@@ -172,7 +172,8 @@ class Template:
             if encode is None:
                 ctypes.c_uint64.from_address(start + offset).value = address
             else:
-                ctypes.memmove(start + offset, encode(address).address, driver.TENSOR_MAP_BYTES)
+                found = encode(address)  # held until it is copied: other threads run meanwhile, and the cache is small
+                ctypes.memmove(start + offset, found.address, driver.TENSOR_MAP_BYTES)
         parameters = (ctypes.c_void_p * len(self.offsets))(*[start + offset for offset in self.offsets])
         config = driver.LaunchConfig.from_buffer_copy(self.config)
         config.stream = stream

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,6 +95,34 @@ def test_two_lengths_share_one_compilation_and_two_flags_do_not():
     assert identity() != identity(is_causal=True)
     assert identity() != identity(aligned=False)
     assert identity() != identity(dtype=torch.bfloat16)
+
+
+def test_a_descriptor_is_there_until_it_was_copied(monkeypatch):
+    """Copying lets other threads run, which may push it out of the cache of descriptors."""
+
+    class Map:
+        def __init__(self, address: int) -> None:
+            self.memory = ctypes.create_string_buffer(address.to_bytes(8, "little") * 16, 128)
+            self.address = ctypes.addressof(self.memory)
+
+        def __del__(self) -> None:
+            ctypes.memset(self.address, 0xEE, 128)
+
+    encode = lru_cache(maxsize=1)(Map)
+
+    def memmove(*what: int) -> None:
+        encode(7)  # by another thread
+        ctypes.memmove(*what)
+
+    monkeypatch.setattr(packet, "ctypes", SimpleNamespace(**{**vars(ctypes), "memmove": memmove}))
+    binding = launcher.bind(problem(), Config("hopper", 64, 64, 4, 1, "", 96), 0.125, H100)
+    template = packet.Template(binding, compiled.compile_for(binding, 90))
+    template.slots = [(offset, encode) for offset, _ in template.slots]
+    addresses = [1 << 9, 2 << 9, 3 << 9, 4 << 9]
+    *_, (_, _, parameters, _) = template.fill(0, *addresses)
+    start = parameters[0] - template.offsets[0]
+    for (offset, _), address in zip(template.slots, addresses, strict=True):
+        assert ctypes.string_at(start + offset, 128) == address.to_bytes(8, "little") * 16
 
 
 def test_a_grid_that_cuda_refuses_is_refused_before():
