@@ -85,8 +85,8 @@ _PLANTED = (
            "acc = multiply(weights, v_tile, acc * rescale[:, None], EMULATED).to(tl.float16).to(tl.float32)"),
     Mutant("sum in fp16", KERNEL, "row_sum * rescale + tl.sum(weights, 1)",
            "(row_sum * rescale + tl.sum(weights, 1)).to(tl.float16).to(tl.float32)"),
-    Mutant("scores in fp16", KERNEL, "scores, LOG2E if BIAS or cap is not None else qk_scale, row",
-           "scores.to(tl.float16).to(tl.float32), LOG2E if BIAS or cap is not None else qk_scale, row"),
+    Mutant("scores in fp16", KERNEL, "scores, qk_scale if cap is None else LOG2E, row",
+           "scores.to(tl.float16).to(tl.float32), qk_scale if cap is None else LOG2E, row"),
     Mutant("result 0.1% too large", KERNEL, "acc * (1.0 / row_sum)[:, None]", "acc * (1.001 / row_sum)[:, None]"),
     # -- scale and lse
     Mutant("scale without log2 e", BINDING, "score_scalars(p, scale)", "score_scalars(p, scale * 0.6931471805599453)"),
@@ -196,8 +196,8 @@ _PLANTED = (
            "score_scalars(p, scale * (0.5 if p.softcap else 1.0))"),
     Mutant("scale applied once more after the cap", KERNEL, "scores, qk_scale if cap is None else 1.0, mask",
            "scores, qk_scale, mask"),
-    Mutant("logits of a cap in base 2", KERNEL, "scores, LOG2E if BIAS or cap is not None else qk_scale, row",
-           "scores, 1.0 if BIAS or cap is not None else qk_scale, row"),
+    Mutant("logits of a cap in base 2", KERNEL, "scores, qk_scale if cap is None else LOG2E, row",
+           "scores, qk_scale if cap is None else 1.0, row"),
     # -- lengths on the device
     Mutant("lengths beyond the keys believed", KERNEL,
            "tl.minimum(tl.maximum(tl.load(seqused_k + batch), 0), seqlen_k)",

@@ -64,6 +64,15 @@ def test_scale(route: Any, scale: float) -> None:
     route.checked(*inputs, scale=scale, is_causal=True, **SMALL)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rows_that_have_the_lowest_bias_alone(route: Any, dtype: torch.dtype) -> None:
+    """Their weights are 1, exactly: near it, all would be rounded the same way, and the sum of them would not."""
+    mask = torch.zeros(33, 72, dtype=dtype)
+    mask[::2] = mask[:, 1::3] = torch.finfo(dtype).min
+    q, k, v = make("independent", Shape(1, 2, 33, 64, seqlen_k=72), dtype)
+    route.checked(q, k, v, attn_mask=mask, scale=1e-30)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize(
     "shape",

@@ -60,7 +60,6 @@ TRIALS = {
     "window": Trial(options={"window": (70, 10)}),
     "soft cap": Trial(options={"softcap": 5.0}),
     "bias": Trial(extra="bias"),
-    "fp32 bias": Trial(extra="fp32 bias"),
     "mask": Trial(extra="mask"),
     "lengths": Trial(extra="lengths"),
     "packed": Trial(Shape(1, 4, 150, 64, heads_kv=2, seqlen_k=150), extra="packed"),
@@ -91,11 +90,10 @@ class Prepared:
         generator = torch.Generator(device).manual_seed(5)
         keys = s.k[2]
         wide = torch.randn(s.batch, s.heads_q, s.seqlen_q, -(-keys // 8) * 8, generator=generator, device=device)
-        wider = wide.repeat_interleave(2, -1)[..., : wide.shape[-1] // 8 * 16]
-        masks = {"bias": wide.half(), "fp32 bias": wide, "mask": wider > -0.5}
+        mask = {"bias": wide.half(), "mask": wide.repeat_interleave(2, -1)[..., : wide.shape[-1] // 8 * 16] > -0.5}
         self.extra: dict[str, Any] = {}
-        if trial.extra in masks:
-            self.extra["attn_mask"] = masks[trial.extra][..., :keys]
+        if trial.extra in mask:
+            self.extra["attn_mask"] = mask[trial.extra][..., :keys]
         elif trial.extra == "lengths":
             self.extra["seqused_k"] = torch.tensor([130, 299], dtype=torch.int32, device=device)
         self.scale = options.scale_for(s.head_dim)

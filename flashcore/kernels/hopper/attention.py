@@ -177,24 +177,25 @@ def mean(acc, inverse, total, EMPTY_ROWS: gl.constexpr):
 
 
 @gluon.jit
-def softmax(s, m, l, qk_scale, FIRST: gl.constexpr, EMPTY_ROWS: gl.constexpr, NATURAL: gl.constexpr):
+def softmax(s, m, l, qk_scale, FIRST: gl.constexpr, EMPTY_ROWS: gl.constexpr, BIAS: gl.constexpr):
     """Scores of one tile -> weights in fp32, the running maximum m and sum l with it, and what the output so far is to
     be multiplied by (nothing to multiply when FIRST).
 
-    m is in units of log2; NATURAL, it is one of the scores.
+    m is in units of log2. With a bias it is one of the scores: they may be as low as the lowest finite number, where
+    the rounding of their product with a factor is itself more than exp2 can take.
     """
     rows_layout: gl.constexpr = m.type.layout
     sums_layout: gl.constexpr = l.type.layout
     m = gl.convert_layout(m, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
-    new_m = gl.max(s, 1) if NATURAL else gl.max(s, 1) * qk_scale
+    new_m = gl.max(s, 1) if BIAS else gl.max(s, 1) * qk_scale
     if not FIRST:
         new_m = gl.maximum(m, new_m)
     base = new_m
     if EMPTY_ROWS:  # a row that has seen nothing yet: -inf - -inf is no number
         base = gl.where(new_m == -float("inf"), 0.0, new_m)
-    p = gl.exp2((s - base[:, None]) * LOG2E if NATURAL else s * qk_scale - base[:, None])
+    p = gl.exp2((s - base[:, None]) * LOG2E if BIAS else s * qk_scale - base[:, None])
     sums = _row_sums(p, sums_layout)
-    alpha = gl.exp2((m - base) * LOG2E if NATURAL else m - base)
+    alpha = gl.exp2((m - base) * LOG2E if BIAS else m - base)
     l = sums if FIRST else times(l, alpha) + sums
     return p, gl.convert_layout(new_m, rows_layout, assert_trivial=True), l, alpha
 
@@ -235,9 +236,6 @@ def attention_forward(
     MORE_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, MORE_DV, 16])
     MORE_P: gl.constexpr = gl.DotOperandLayout(0, MORE_O, 2)
     BIAS: gl.constexpr = mask_desc is not None and mask_desc.dtype != gl.int8
-    # Scores with a bias may be as low as its lowest number. Of fp16, its product with a factor is rounded by 2^-8 at
-    # most, by as much for all keys of a row. Of bf16 and fp32, by more than exp2 can take.
-    NATURAL: gl.constexpr = BIAS and mask_desc.dtype != gl.float16
     RAGGED: gl.constexpr = seqused_k is not None or cu_seqlens_k is not None
     MASKED: gl.constexpr = CAUSAL or not EVEN_N or left is not None
     ONE_ITEM: gl.constexpr = not PERSISTENT and cu_seqlens_q is None and (mask_desc is None or BLOCK_N > 64)
@@ -412,8 +410,8 @@ def attention_forward(
                 elif MASKED and not TAIL:
                     if ((tile + 1) * BLOCK_N > visible) | (key < hidden):
                         s = hide(s, row, key, seqlen_k, shift, left, right, CAUSAL)
-                unit = LOG2E if BIAS or cap is not None else qk_scale
-                p, m, l, alpha = softmax(s, m, l, unit, SINGLE, EMPTY_ROWS, NATURAL)
+                unit = qk_scale if cap is None else LOG2E
+                p, m, l, alpha = softmax(s, m, l, unit, SINGLE, EMPTY_ROWS, BIAS)
                 if not SINGLE:
                     acc = times(acc, alpha)
                     if MORE_DV:
@@ -458,7 +456,7 @@ def attention_forward(
                 base = head.to(gl.int64) * total_q + first_q
             else:
                 base = (batch.to(gl.int64) * heads + head) * seqlen_q
-            top = m if NATURAL else m * LN2
+            top = m if BIAS else m * LN2
             gl.store(lse + base + rows, top + gl.log(total), mask=rows < seqlen_q)
         row_tile, head, batch = next_row_tile, next_head, next_batch
         if PERSISTENT and seqused_k is not None:

@@ -164,12 +164,13 @@ def apply_mask(
 
 
 @triton.jit
-def softmax_tile(scores, qk_scale, row_max, row_sum, NATURAL: tl.constexpr):
+def softmax_tile(scores, qk_scale, row_max, row_sum, BIAS: tl.constexpr):
     """One step of the online softmax. Returns (weights, factor for what was accumulated before, maximum, sum).
 
-    The maximum is in units of log2; NATURAL, it is one of the scores.
+    The maximum is in units of log2. With a bias it is one of the scores: they may be as low as the lowest finite
+    number, where the rounding of their product with a factor is itself more than exp2 can take.
     """
-    if NATURAL:
+    if BIAS:
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         rescale = tl.math.exp2((row_max - new_max) * LOG2E)
         weights = tl.math.exp2((scores - new_max[:, None]) * LOG2E)
@@ -197,9 +198,6 @@ def attend(
     keys = tl.arange(0, BLOCK_N)
     BOUND: tl.constexpr = EDGE != NONE and not EVEN_N
     BIAS: tl.constexpr = mask is not None and mask.dtype.element_ty != tl.uint8
-    # Scores with a bias may be as low as its lowest number. Of fp16, its product with a factor is rounded by 2^-8 at
-    # most, by as much for all keys of a row. Of bf16 and fp32, by more than exp2 can take.
-    NATURAL: tl.constexpr = BIAS and mask.dtype.element_ty != tl.float16
     for start_n in tl.range(begin, end, BLOCK_N):
         k_tile = load_rows(k, start_n, keys, stride_kn, seqlen_k, 0, BLOCK_D, HEAD_DIM, BOUND)
         scores = multiply(q_tile, k_tile.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32), EMULATED)
@@ -219,7 +217,7 @@ def attend(
             if start_n >= whole:
                 scores = hide(scores, rows, start_n + keys, seqlen_k, last_key, left, right, CAUSAL)
         weights, rescale, row_max, row_sum = softmax_tile(
-            scores, LOG2E if BIAS or cap is not None else qk_scale, row_max, row_sum, NATURAL
+            scores, qk_scale if cap is None else LOG2E, row_max, row_sum, BIAS
         )
         v_tile = load_rows(v, start_n, keys, stride_vn, seqlen_k, 0, BLOCK_DV, HEAD_DIM_V, BOUND)
         weights = narrow(weights, v_tile.dtype, EMULATED)
@@ -388,10 +386,8 @@ def attention_forward(
             BLOCK_DV, REST_DV, HEAD_DIM_V, not EVEN_M, HIDES, EMULATED,
         )  # fmt: skip
     if lse is not None:
-        NATURAL: tl.constexpr = (
-            mask is not None and mask.dtype.element_ty != tl.uint8 and mask.dtype.element_ty != tl.float16
-        )
-        if NATURAL:
+        BIAS: tl.constexpr = mask is not None and mask.dtype.element_ty != tl.uint8
+        if BIAS:
             log_sum = row_max + tl.math.log2(row_sum) * LN2
         else:
             log_sum = (row_max + tl.math.log2(row_sum)) * LN2
