@@ -167,13 +167,20 @@ _HOPPER_LENGTHS: dict[int, tuple[_Tile, ...]] = {
     96: ((128, 64, 8, 128), (64, 64, 4, 128)),
     128: ((64, 64, 4, 128), (64, 64, 4, 168)),
 }
-# First choice for a bias alone where `_fills_wide_tiles` says so.
-_HOPPER_BIAS: dict[int, _Tile] = {32: (64, 128, 4, 128), 64: (64, 128, 4, 168)}
 
 
-def _fills_wide_tiles(keys: int, width: int) -> bool:
-    """Whether a bias over so many keys was seen to be faster in tiles of 128, at this padded head dimension."""
-    return width in _HOPPER_BIAS and keys % 128 == 0 and (keys >= 512 or (keys == 128 and width == 32))
+def _mask_tile(p: Problem, width: int) -> _Tile | None:
+    """The tile of 128 keys that was seen to be the fastest with a mask alone, None = a smaller one was; `width` is the
+    padded head dimension.
+    """
+    is_bool = p.mask is not None and p.mask.dtype == torch.bool
+    if p.mask is None or width > 64 or p.seqlen_k % 128:
+        return None
+    if p.seqlen_k == 128:
+        return (64, 128, 4, 128) if is_bool or width == 32 else None
+    if is_bool or p.seqlen_k < 512:
+        return None
+    return (64, 128, 4, 128) if width == 32 else (64, 128, 4, 168)
 
 
 def _hopper_options(problem: Problem) -> tuple[Config, ...]:
@@ -195,8 +202,8 @@ def _hopper_options(problem: Problem) -> tuple[Config, ...]:
         tiles = some
     else:
         tiles = light
-        if p.mask is not None and p.mask.dtype != torch.bool and _fills_wide_tiles(p.seqlen_k, width):
-            tiles = (_HOPPER_BIAS[width], *(t for t in light if t != _HOPPER_BIAS[width]))
+        if wide := _mask_tile(p, width):
+            tiles = (wide, *(tile for tile in light if tile != wide))
     return tuple(Config("hopper", m, n, warps, 1, "", registers) for m, n, warps, registers in tiles)
 
 
@@ -214,15 +221,18 @@ def _hopper_lengths(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[Config, ...]:
 
 def _specialized(problem: Problem) -> tuple[Config, ...]:
     """Blocks of warpgroups that share K and V: three, with 160 registers a thread, or two, with 240, where those are
-    too few. At head dimensions up to 96 small blocks are faster.
+    too few. At head dimensions up to 96 small blocks are faster, but for the longest rows at 64.
     """
-    p = problem
-    if max(p.head_dim, p.head_dim_v) <= 96 or p.seqlen_k <= 128 or not _counts(p, 128):
+    p, dim = problem, max(problem.head_dim, problem.head_dim_v)
+    if 64 < dim <= 96 or dim <= 32 or p.seqlen_k <= 128 or not _counts(p, 128):
         return ()
     if p.is_causal and p.seqlen_q > p.seqlen_k:
         return ()  # rows that see no key
     three, two = (Config("hopper", m, 128, m // 16, 2, "specialized", r) for m, r in ((192, 160), (128, 240)))
-    return (two,) if p.is_causal or p.return_lse or p.seqlen_k % two.block_n else (three, two)
+    even = not p.is_causal and p.seqlen_k % three.block_n == 0
+    if dim <= 64:
+        return (three,) if even else ()
+    return (three, two) if even and not p.return_lse else (two,)
 
 
 def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
@@ -377,9 +387,10 @@ def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
     if ours:
         least = 2 if p.ragged else 1
         stays = "persistent" if least < blocks(64) / (4 * target.sms) <= 4 and 128 < p.seqlen_k < _MANY_KEYS else ""
-        shared = p.seqlen_k >= 2 * _MANY_KEYS and blocks(128) >= target.sms
+        dim = max(p.head_dim, p.head_dim_v)
+        shared = dim > 96 and p.seqlen_k >= 2 * _MANY_KEYS and blocks(128) >= target.sms
         ours = [c for c in ours if (c.schedule == "specialized") == shared] or ours
-        wide = 64 < max(p.head_dim, p.head_dim_v) <= 96 and blocks(128) >= target.sms and not p.packed
+        wide = 64 < dim <= 96 and blocks(128) >= target.sms and not p.packed
         ours = [c for c in ours if (c.block_m == 128) == wide] or ours
         return next((c for c in ours if c.schedule == stays), ours[0])
     rows = 64

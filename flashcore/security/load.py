@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from flashcore.fast.attention_production import attention
+from flashcore.launch import shim
 from flashcore.security import record
 from flashcore.security.bitwise import bits, on, streams, synchronize
 from flashcore.testing import Shape, make
@@ -179,13 +180,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """What one process saw: of the load, of one bit changed, and of a leak."""
     load = Load(options.device, options.threads, options.streams)
     total, memory = soak(load, options.slices, options.seconds, sys.maxsize if options.soak else options.calls)
+    with shim.disabled():  # the launch path that serves where there is no compiler
+        python = load.run(options.seconds / 6, options.calls)
     load.problems[0].want.view(-1)[0] ^= 1
     synchronize(options.device)
     planted = load.run(5.0, options.threads * BLOCK * len(SHAPES))
     leaky = Load(options.device, options.threads, options.streams, leak=1 << 16)
     _, leaked = soak(leaky, 8, 4.0, 40 * BLOCK * options.threads)
     return {
-        "calls": total.calls, "mismatches": total.mismatches, "errors": total.errors, "memory": memory,
+        "calls": total.calls + python.calls, "python_calls": python.calls,
+        "mismatches": total.mismatches + python.mismatches, "errors": total.errors + python.errors, "memory": memory,
         "planted": {"calls": planted.calls, "noticed": planted.mismatches}, "memory_leaking": leaked,
     }  # fmt: skip
 
@@ -201,7 +205,7 @@ def at_once(options: argparse.Namespace, argv: Sequence[str]) -> list[dict[str, 
             environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus.split(",")[i % len(gpus.split(","))]}
             running.append((path, subprocess.Popen(command, env=environment)))
         ended = [process.wait() for _, process in running]
-        nothing = {"calls": 0, "mismatches": 0, "memory": [], "planted": {"calls": 0, "noticed": 0},
+        nothing = {"calls": 0, "python_calls": 0, "mismatches": 0, "memory": [], "planted": {"calls": 0, "noticed": 0},
                    "memory_leaking": []}  # fmt: skip
         return [
             json.loads(path.read_text()) if path.exists() else {**nothing, "errors": [f"a process ended with {status}"]}
@@ -214,6 +218,7 @@ def rows(found: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[r
     calls, mismatches, errors = (
         sum(e["calls"] for e in found), sum(e["mismatches"] for e in found), sum(len(e["errors"]) for e in found)
     )  # fmt: skip
+    python = sum(e["python_calls"] for e in found)
     noticed, planted = (sum(e["planted"][name] for e in found) for name in ("noticed", "calls"))
     most = {what: max(gained(e["memory"], what) for e in found) for what in ("device", "host")}
     least = {what: min(gained(e["memory_leaking"], what) for e in found) for what in ("device", "host")}
@@ -222,7 +227,7 @@ def rows(found: Sequence[dict[str, Any]], options: argparse.Namespace) -> list[r
     return [
         record.Row(
             f"{options.threads} threads on {options.streams} streams get the right bits every time",
-            f"{calls:,} calls: {mismatches} mismatches, {errors} errors",
+            f"{calls:,} calls, {python:,} by the Python path: {mismatches} mismatches, {errors} errors",
             f"one bit of what is expected changed: {noticed} of {planted} calls noticed",
             not mismatches and not errors and calls > 0 and all(e["planted"]["noticed"] for e in found),
         ),

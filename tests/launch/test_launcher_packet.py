@@ -119,8 +119,8 @@ def test_a_descriptor_is_there_until_it_was_copied(monkeypatch):
     template = packet.Template(binding, compiled.compile_for(binding, 90))
     template.slots = [(offset, encode) for offset, _ in template.slots]
     addresses = [1 << 9, 2 << 9, 3 << 9, 4 << 9]
-    *_, (_, _, parameters, _) = template.fill(0, *addresses)
-    start = parameters[0] - template.offsets[0]
+    made = template.fill(0, *addresses)
+    start = ctypes.c_void_p.from_address(made.parameters).value - template.offsets[0]
     for (offset, _), address in zip(template.slots, addresses, strict=True):
         assert ctypes.string_at(start + offset, 128) == address.to_bytes(8, "little") * 16
 
