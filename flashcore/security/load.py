@@ -179,9 +179,9 @@ def gained(memory: Sequence[dict[str, int]], what: str) -> int:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """What one process saw: of the load, of one bit changed, and of a leak."""
     load = Load(options.device, options.threads, options.streams)
-    total, memory = soak(load, options.slices, options.seconds, sys.maxsize if options.soak else options.calls)
-    with shim.disabled():  # the launch path that serves where there is no compiler
+    with shim.disabled():  # the launch path that serves where there is no compiler; it also fills its caches
         python = load.run(options.seconds / 6, options.calls)
+    total, memory = soak(load, options.slices, options.seconds, sys.maxsize if options.soak else options.calls)
     load.problems[0].want.view(-1)[0] ^= 1
     synchronize(options.device)
     planted = load.run(5.0, options.threads * BLOCK * len(SHAPES))
