@@ -76,7 +76,10 @@ torch._inductor.aoti_load_package(torch._inductor.aoti_compile_and_package(progr
 def test_export_and_ahead_of_time(device, tmp_path):
     if device == "cuda":  # torch 2.11's loader was seen to end the process, whatever the package holds
         alone = [sys.executable, "-c", ONE_LAYER, str(tmp_path / "layer.pt2")]
-        status = subprocess.run(alone, capture_output=True, timeout=100).returncode
+        try:
+            status: int | str = subprocess.run(alone, capture_output=True, timeout=100).returncode
+        except subprocess.TimeoutExpired:
+            status = "none after 100 s"
         if status:
             pytest.skip(f"torch's own loader does not load a package of one Linear layer here: exit status {status}")
     model = Encoder(device)
