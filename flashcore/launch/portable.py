@@ -52,6 +52,10 @@ def bind(problem: Problem, config: Config, scale: float) -> Binding:
     args["seqlen_k"] = Scalar("i32", p.seqlen_k)
 
     d, dv = columns(p.head_dim, p.aligned_rows), columns(p.head_dim_v, p.aligned_rows)
+    if not p.aligned_rows:
+        # k and v pass through registers to one place in shared memory. Where their tiles differ in width, and so in
+        # layout, ptxas 12.8 loses a copy of that place's address (security/unwritten.py): products read v elsewhere.
+        d = dv = max(d, dv)
     tile = max(config.block_m, config.block_n)
     numbers = packed_tiles(p, config.block_m)
     fold = p.batch > _MAX_GRID_Z and not numbers
@@ -94,8 +98,8 @@ def _mask_unit(mask: Mask) -> int:
 def columns(dim: int, aligned_rows: bool) -> tuple[int, int]:
     """A row of `dim` elements as one or two powers of two, of at least the 16 that an MMA takes.
 
-    Only rows that are read by 16 bytes come in two. With others, which pass through registers on their way to shared
-    memory, what Triton 3.6.0 makes of two products in a row gave wrong results on an H100.
+    Only rows that are read by 16 bytes come in two: others pass through registers on their way to shared memory, where
+    ptxas 12.8 loses the address of the second part (security/unwritten.py).
     """
     whole = max(16, 1 << (dim - 1).bit_length())
     if not aligned_rows:

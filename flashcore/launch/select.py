@@ -101,6 +101,8 @@ def _portable(problem: Problem, target: Target) -> tuple[Config, ...]:
 def portable_smem(problem: Problem, config: Config, target: Target) -> int:
     """Bytes of shared memory that the portable kernel asks for at most: what its compiler does, counted."""
     d, dv = (padded(dim, problem.aligned_rows) for dim in (problem.head_dim, problem.head_dim_v))
+    if not problem.aligned_rows:
+        d = dv = max(d, dv)  # as portable.bind has them
     wgmma = target.arch >= 90 and config.block_m >= 64 and problem.dtype != torch.float32
     # A wgmma may still read the tile before the one being computed; mma.sync has it in registers by then.
     tiles = config.num_stages if wgmma else config.num_stages - 1

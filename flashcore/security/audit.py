@@ -1,4 +1,5 @@
-"""`flashcore audit sass`: does anything that the kernels execute, or any address, depend on the data?
+"""`flashcore audit sass`: does anything that the kernels execute, or any address, depend on the data? And do they read
+registers that nothing wrote, as a compiler's fault has them (unwritten.py)?
 
 Compiles every shipped variant and follows q, k, v and masks through the machine code (taint.py says how; which loads
 give lengths, provenance.py). Needs no GPU. Each architecture's kernels are audited again with branches on data planted
@@ -25,7 +26,7 @@ from pathlib import Path
 from flashcore.launch.binding import Binding
 from flashcore.launch.compile_check import TARGETS
 from flashcore.measure import machine
-from flashcore.security import sass, taint
+from flashcore.security import sass, taint, unwritten
 from flashcore.security.taint import Taint
 from flashcore.security.variants import Variant, variants
 
@@ -45,6 +46,8 @@ class Audited:
     taint: Taint | None  # None where there is an error
     error: str  # "" when it compiled and could be read
     undeclared: int = 0  # findings were the lengths secret, which a kernel that reads some must have
+    unwritten: tuple[unwritten.Read, ...] = ()
+    gap_noticed: bool = False  # whether the same kernel without one of its writes is found out
 
     @property
     def ok(self) -> bool:
@@ -53,12 +56,16 @@ class Audited:
             return False
         if self.variant.control:
             return bool(self.taint.findings)
-        return not self.taint.findings and bool(self.undeclared) == self.variant.problem.ragged
+        written = not self.unwritten and self.gap_noticed
+        return written and not self.taint.findings and bool(self.undeclared) == self.variant.problem.ragged
 
     def as_json(self) -> dict[str, object]:
         """Plain data."""
         said = {"variant": self.variant.name, "control": self.variant.control, "ok": self.ok, "error": self.error}
-        return said | (asdict(self.taint) | {"undeclared": self.undeclared} if self.taint else {})
+        if self.taint is None:
+            return said
+        more = {"unwritten": [asdict(read) for read in self.unwritten], "gap_noticed": self.gap_noticed}
+        return said | asdict(self.taint) | {"undeclared": self.undeclared} | more
 
 
 def audit(variant: Variant) -> Audited:
@@ -72,11 +79,12 @@ def audit(variant: Variant) -> Audited:
         code = sass.parse(sass.disassemble(machine_code.cubin))
         found = taint.analyse(code, provenance.public_loads(code, provenance.parameters(binding, machine_code)))
         undeclared = taint.analyse(code, paths=False).count() if variant.problem.ragged else 0
+        unset, faulty = unwritten.reads(code), unwritten.without_a_write(code)
     except Exception as failure:  # a compiler may raise anything; what cannot be read is not clean
         first = next(iter(str(failure).strip().splitlines()), "no message")
         return Audited(variant, None, f"{type(failure).__name__}: {first}")
     error = "" if found.products else "no tensor-core instruction: this is no attention kernel"
-    return Audited(variant, found, error, undeclared)
+    return Audited(variant, found, error, undeclared, unset, faulty is not None and bool(unwritten.reads(faulty)))
 
 
 def bound(variant: Variant) -> Binding:
@@ -190,6 +198,8 @@ def summary(results: Sequence[Audited]) -> list[dict[str, object]]:
             "reads_lengths": sum(r.variant.problem.ragged for r in shipped),
             "undeclared": sum(r.undeclared > 0 for r in shipped),
             "controls": len(controls), "controls_caught": sum(r.ok for r in controls),
+            "written": sum(not r.unwritten for r in shipped if r.taint),
+            "gaps_noticed": sum(r.gap_noticed for r in shipped),
         })  # fmt: skip
     return rows
 
@@ -203,6 +213,7 @@ def _row(each: Audited) -> str:
     tainted = f"{branches:15} {addresses:7} {t.count() - branches - addresses:5}"
     lines = [f"{counts} | {tainted} | {each.variant.name} {each.error}".rstrip()]
     if not each.variant.control:
+        lines += [f"    unwritten: {r.offset:#06x} {r.text}: {', '.join(r.registers)}" for r in each.unwritten]
         for finding in t.findings:
             lines.append(f"    {finding.kind}: {finding.offset:#06x} {finding.text}")
             lines += [f"        {step}" for step in finding.path]

@@ -27,6 +27,7 @@ _STACK_POINTER = 1 << 1
 _REGISTER = re.compile(r"\b(UR|UP|R|P|B)(\d+)\b")
 PREDICATES = (0xFFFF << _FIRST["P"]) | (0xFFFF << _FIRST["UP"])
 BARRIER_REGISTERS = 0xFFFF << _FIRST["B"]
+STACK_WORDS = ((1 << _COUNTS["L"]) - 1) << _FIRST["L"]
 
 
 def _words(text: str) -> frozenset[str]:
@@ -37,8 +38,8 @@ def _words(text: str) -> frozenset[str]:
 ARITHMETIC = _words("""
     BMOV BMSK BREV CS2R ELECT F2F F2FP F2I FADD FCHK FFMA FLO FMNMX FMUL FSEL FSET FSETP HADD2 HFMA2 HMNMX2 HMUL2 HSET2
     HSETP2 I2F I2FP I2I I2IP IABS IADD3 IDP IMAD IMNMX ISETP LEA LOP3 MOV MUFU NOP P2R PLOP3 POPC PRMT PSETP
-    R2P R2UR REDUX S2R S2UR SEL SGXT SHF SHFL UFLO UIADD3 UIMAD UISETP ULEA ULOP3 UMOV UPLOP3 UPOPC UPRMT UPSETP
-    USEL USGXT USHF VHMNMX VIADD VIADDMNMX VIMNMX VIMNMX3 VOTE VOTEU
+    R2P R2UR REDUX S2R S2UR SEL SGXT SHF SHFL UFLO UIADD3 UIMAD UISETP ULEA ULOP3 UMOV UP2UR UPLOP3 UPOPC UPRMT
+    UPSETP USEL USGXT USHF VHMNMX VIADD VIADDMNMX VIMNMX VIMNMX3 VOTE VOTEU
     """)
 LOADS = _words("ATOM ATOMG ATOMS LD LDG LDS LDSM")  # results are data
 STACK = _words("LDL STL")  # of words whose place the text states, or else refused: as registers
@@ -170,8 +171,8 @@ def decode(text: str, offset: int = 0) -> Instruction:
         registers = _registers(operand, width)
         if operand.startswith("gdesc[") and i == 2:  # the first matrix is in registers, and its descriptor in none
             registers &= ~_registers(operand, 2)
-        if operand == "PR":  # those of the mask at the end
-            registers = (int(operands[-1], 16) & 0x7F) << _FIRST["P"]
+        if operand in ("PR", "UPR"):  # those of the mask at the end
+            registers = (int(operands[-1], 16) & 0x7F) << _FIRST["UP" if operand == "UPR" else "P"]
         if i < written:
             defs |= registers
         else:
@@ -298,7 +299,12 @@ def _width(opcode: str, modifiers: list[str], operands: list[str], i: int) -> in
     """Consecutive registers that operand `i` stands for, the first of them named."""
     operand = operands[i]
     if opcode in ("UTMALDG", "UTMASTG"):
-        return 8 if i == 0 else 2  # address, barrier and up to five coordinates; the descriptor's address
+        if i > 0:
+            return 2  # the descriptor's address
+        rank = re.match(r"(\d)D$", modifiers[0])
+        if rank is None:
+            raise UnknownInstructionError(f"{opcode}.{'.'.join(modifiers)}")
+        return 2 + int(rank[1])  # address, barrier, coordinates; a store has an address alone, and one register less
     if operand.startswith("gdesc["):
         return 4  # of both matrices
     if operand.startswith("desc[") or ".64" in operand:

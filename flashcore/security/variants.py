@@ -46,6 +46,7 @@ class Variant:
         masks = "x".join("1" if s == 0 else "n" for s in p.mask.strides) if p.mask else ""
         parts = [
             f"sm_{self.target.arch}", c.kernel, c.schedule, _short(p.dtype), f"D{p.head_dim}",
+            f"Dv{p.head_dim_v}" if p.head_dim_v != p.head_dim else "",
             f"S{p.seqlen_k}", "causal" if p.is_causal else "", "lse" if p.return_lse else "",
             "window" if p.window != (-1, -1) else "", "softcap" if p.softcap else "",
             f"mask:{_short(p.mask.dtype)}[{masks}]" if p.mask else "", "seqused_k" if p.seqused_k else "",
@@ -125,8 +126,10 @@ def _layouts(target: Target) -> Iterator[Variant]:
     few = (_HEADS // 4) * base.stride_k[1], base.stride_k[1], base.stride_k[2]
     odd = _SEQLEN * _HEADS * 65, _SEQLEN * 65, 65
     row_mask, far_mask = Mask(torch.bool, (_HEADS * _SEQLEN, _SEQLEN, 1, 0)), Mask(torch.float16, (0, 0, far, 1))
+    narrow = 8 * odd[0] // 65, 8 * odd[1] // 65, 8  # of v, where k's rows are wider
     problems = [
-        replace(base, aligned=False), replace(base, stride_q=odd, stride_k=odd, stride_v=odd, stride_o=odd),
+        replace(base, aligned=False), replace(base, aligned=False, head_dim_v=8, stride_v=narrow, stride_o=narrow),
+        replace(base, stride_q=odd, stride_k=odd, stride_v=odd, stride_o=odd),
         replace(base, heads_kv=_HEADS // 4, stride_k=few, stride_v=few), replace(base, mask=row_mask),
         replace(base, mask=far_mask), replace(base, stride_k=(0, far, 16 * far), stride_v=(0, far, 16 * far)),
         replace(base, batch=70_000), replace(base, dtype=torch.bfloat16, seqused_k=True, mask=_MASKS["bool"]),

@@ -8,6 +8,7 @@ import subprocess
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from flashcore.core.target import A100, H100, L4, Target
 from flashcore.launch import compiled, portable
 from flashcore.launch.compile_check import resources
 from flashcore.launch.select import candidates, portable_smem
+from flashcore.security import unwritten
+from flashcore.security.sass import disassemble, parse
 
 TARGETS = pytest.mark.parametrize("target", [H100, A100, L4], ids=lambda t: f"sm_{t.arch}")
 
@@ -157,3 +160,19 @@ def test_columns_as_counted_by_the_choice() -> None:
 
     for dim, aligned_rows in product(range(8, 257, 8), (False, True)):
         assert sum(portable.columns(dim, aligned_rows)) == padded(dim, aligned_rows) >= dim
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "more"),
+    [
+        (64, 8, {"window": (5, 5)}), (64, 16, {}), (32, 8, {"softcap": 5.0}), (128, 16, {"window": (5, 0)}),
+        (64, 24, {"seqused_k": True}), (16, 64, {}),
+    ],
+)  # fmt: skip
+def test_no_register_is_read_that_nothing_wrote(head_dim: int, head_dim_v: int, more: dict[str, Any]) -> None:
+    """Rows that are not aligned, k and v of different widths: of most of these ptxas 12.8 lost the address of v's tile."""
+    rows = (8 * 290 * head_dim_v, 290 * head_dim_v, head_dim_v)
+    narrow = {"head_dim_v": head_dim_v, "stride_v": rows, "stride_o": rows}
+    asked = dataclasses.replace(problem(290, head_dim), aligned=False, **narrow, **more)
+    for config in configs(asked, H100):
+        assert not unwritten.reads(parse(disassemble(code(asked, config, 90).cubin))), config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -17,6 +18,7 @@ from flashcore.security import audit
 from flashcore.security.audit import Audited
 from flashcore.security.controls import CONTROLS
 from flashcore.security.taint import Taint
+from flashcore.security.unwritten import Read
 from flashcore.security.variants import Variant, variants
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +63,7 @@ def test_kernels_that_read_lengths_fail_where_lengths_are_secret(
                and r.variant.target.arch == arch and not r.variant.control]  # fmt: skip
     assert {r.variant.problem.packed is not None for r in reading} == {False, True}
     assert all(r.undeclared for r in reading)
-    silent = Audited(reading[0].variant, reading[0].taint, "", undeclared=0)
+    silent = replace(reading[0], undeclared=0)
     assert not silent.ok, "were it not for the lengths, nothing was seen"
 
 
@@ -110,9 +112,10 @@ def test_status_and_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     clean = Taint(100, 3, 10, 4, 2, ())
     shipped, control = one(), one("rescale")
     outcomes = {"": clean, "rescale": clean}
+    unset: dict[str, tuple[Read, ...]] = {"": (), "rescale": ()}
 
     def pretend(work: list[Variant], jobs: int | None) -> list[Audited]:
-        return [Audited(v, outcomes[v.control], "") for v in work]
+        return [Audited(v, outcomes[v.control], "", unwritten=unset[v.control], gap_noticed=True) for v in work]
 
     monkeypatch.setattr(audit, "audit_all", pretend)
     monkeypatch.setattr(audit, "variants", lambda archs, quick: [shipped, control])
@@ -123,12 +126,16 @@ def test_status_and_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caps
     assert audit.main(["sass", "--json", str(tmp_path / "a.json")]) == 0
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["environment"].keys() >= {"triton", "ptxas", "nvdisasm", "source"}
-    assert record["summary"][0] | {"clean": 1, "tainted_branches": 0, "controls_caught": 1} == record["summary"][0]
+    said = {"clean": 1, "tainted_branches": 0, "controls_caught": 1, "written": 1, "gaps_noticed": 1}
+    assert record["summary"][0] | said == record["summary"][0]
     printed = capsys.readouterr().out
     assert "ptxas" in printed and "cannot see" in printed
     outcomes[""] = outcomes["rescale"]
     assert audit.main(["sass"]) == 1, "a shipped variant with a finding"
     assert "branch: 0x" in capsys.readouterr().out
+    outcomes[""], unset[""] = clean, (Read(16, "FADD R2, R3, R4", ("R3",)),)
+    assert audit.main(["sass"]) == 1, "a shipped variant that reads what nothing wrote"
+    assert "unwritten: 0x0010 FADD R2, R3, R4: R3" in capsys.readouterr().out
 
 
 def test_what_cannot_be_compiled_or_read_is_not_clean(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,9 @@ def test_data_flows_through_guards_carries_packed_predicates_and_lanes() -> None
     assert found(DATA, compare, "@P0 MOV R5, 0x10", use)
     assert found(DATA, "IADD3 R4, P1, R0, R6, RZ", "IADD3.X R5, RZ, R7, RZ, P1, !PT", use)
     assert found(DATA, compare, "P2R R5, PR, RZ, 0x1", use)
+    flag = "UISETP.NE.AND UP1, UPT, UR5, URZ, UPT"
+    assert found(DATA, "R2UR UR5, R0", flag, "UP2UR UR6, UPR, URZ, 0x2", "LDS R9, [UR6]")
+    assert not found(DATA, "R2UR UR5, R0", flag, "UP2UR UR6, UPR, URZ, 0x1", "LDS R9, [UR6]")
     assert found(DATA, "R2P PR, R0, 0x9", "SEL R5, R6, R7, P3", use)
     assert found(DATA, "SHFL.BFLY PT, R5, R0, 0x1, 0x1f", use)
     assert found(DATA, "LOP3.LUT P2, R5, R0, 0x7, RZ, 0xc0, !PT", use)
