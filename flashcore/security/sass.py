@@ -304,7 +304,7 @@ def _width(opcode: str, modifiers: list[str], operands: list[str], i: int) -> in
         rank = re.match(r"(\d)D$", modifiers[0])
         if rank is None:
             raise UnknownInstructionError(f"{opcode}.{'.'.join(modifiers)}")
-        return 2 + int(rank[1])  # address, barrier, coordinates; a store has an address alone, and one register less
+        return (2 if opcode == "UTMALDG" else 1) + int(rank[1])  # address, a load's barrier, coordinates
     if operand.startswith("gdesc["):
         return 4  # of both matrices
     if operand.startswith("desc[") or ".64" in operand:

@@ -170,7 +170,7 @@ def test_columns_as_counted_by_the_choice() -> None:
     ],
 )  # fmt: skip
 def test_no_register_is_read_that_nothing_wrote(head_dim: int, head_dim_v: int, more: dict[str, Any]) -> None:
-    """Rows that are not aligned, k and v of different widths: of most of these ptxas 12.8 lost the address of v's tile."""
+    """Rows that are not aligned, k and v of different widths: of most of these ptxas 12.8 lost the address of v."""
     rows = (8 * 290 * head_dim_v, 290 * head_dim_v, head_dim_v)
     narrow = {"head_dim_v": head_dim_v, "stride_v": rows, "stride_o": rows}
     asked = dataclasses.replace(problem(290, head_dim), aligned=False, **narrow, **more)

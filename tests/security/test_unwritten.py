@@ -31,10 +31,12 @@ def test_reads(lines: list[str], registers: list[tuple[str, ...]]) -> None:
     assert found(*lines) == registers
 
 
-def test_a_load_of_four_dimensions_reads_six_registers() -> None:
+def test_a_load_of_four_dimensions_reads_six_registers_and_a_store_five() -> None:
     ready = [f"UMOV UR{i}, URZ" for i in (4, 5, *range(8, 14))]
     assert not found(*ready, "UTMALDG.4D [UR8], [UR4]")
     assert found(*ready[:-1], "UTMALDG.4D [UR8], [UR4]") == [("UR13",)]
+    assert not found(*ready[:-1], "UTMASTG.4D [UR8], [UR4]")
+    assert found(*ready[:-2], "UTMASTG.4D [UR8], [UR4]") == [("UR12",)]
 
 
 def test_a_write_that_is_taken_away_is_noticed() -> None:
