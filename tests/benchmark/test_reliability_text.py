@@ -38,10 +38,12 @@ def test_a_row_names_claim_figure_control_command_and_machine(folder: Path) -> N
 def test_what_did_not_run_says_so(folder: Path) -> None:
     assert sum("not run yet" in row for row in text(folder)) == len(reliability_text.KINDS) - 1 + 2
     summary = {"arch": 80, "clean": 3, "variants": 3, "tainted_branches": 0, "tainted_addresses": 0, "tainted_other": 0,
-               "controls": 1, "controls_caught": 1}  # fmt: skip
+               "controls": 1, "controls_caught": 1, "written": 3, "gaps_noticed": 3}  # fmt: skip
     sass = {"kind": "audit-sass", "environment": records.environment(gpu=None), "summary": [summary]}
     results.write(folder / "sass.json", sass)
     assert any("A100" in row and "compiled and audited, not run" in row for row in text(folder))
+    (row,) = (row for row in text(folder) if "nothing wrote" in row)
+    assert "3 of 3 variants | 3 of them" in row and row.endswith("| yes")
     results.write(folder / "a100.json", audit("audit-load", gpu="NVIDIA A100-SXM4-80GB"))
     assert not any("on A100" in row for row in text(folder))
 

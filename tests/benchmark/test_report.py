@@ -118,7 +118,7 @@ def test_what_was_compiled_is_not_called_measured(root: Path) -> None:
     results.write(root / "results" / "resources.json", resources_record())
     audit = {"kind": "audit-sass", "environment": {"recorded": "2001-02-03", "gpu": None}, "summary": [
         {"arch": 80, "variants": 50, "clean": 49, "controls": 2, "controls_caught": 2, "tainted_branches": 1,
-         "tainted_addresses": 0, "tainted_other": 0}]}  # fmt: skip
+         "tainted_addresses": 0, "tainted_other": 0, "written": 49, "gaps_noticed": 50}]}  # fmt: skip
     results.write(root / "results" / "audit.json", audit)
     report.write(root)
     text = (root / report.CROSS_GPU).read_text()

@@ -100,7 +100,7 @@ def test_a_run_that_did_not_end_is_not_reported(root: Path) -> None:
 def test_the_newest_whole_audit_is_reported(root: Path) -> None:
     row = {"arch": 80, "variants": 134, "clean": 134, "instructions": 123_456, "branches": 7, "memory": 8,
            "tainted_branches": 0, "tainted_addresses": 0, "tainted_other": 0, "reads_lengths": 60, "undeclared": 60,
-           "controls": 4, "controls_caught": 4}  # fmt: skip
+           "controls": 4, "controls_caught": 4, "written": 134, "gaps_noticed": 134}  # fmt: skip
     for day, quick in ((1, False), (2, False), (3, True)):
         tools = {"triton": "9.8", "ptxas": "9.7", "nvdisasm": "9.6", "source": "0" * 16, "gpu": None}
         record = {
