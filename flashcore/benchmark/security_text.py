@@ -32,9 +32,11 @@ def audit_sass(folder: Path) -> Iterator[str]:
         yield "No audit was recorded yet."
         return
     e = record["environment"]
+    random = record.get("random", 0)
     yield (
         f"{e['recorded'][:10]}, Triton {e['triton']}, ptxas {e['ptxas']}, nvdisasm {e['nvdisasm']}, source "
-        f"`{e['source']}`; every variant by name is in {link(record)}."
+        f"`{e['source']}`; every variant by name is in {link(record)}"
+        + (f", for each architecture {random:,} of random problems among them." if random else ".")
     )
     yield ""
     header = ("Compiled for", "Variants", "Clean", "Instructions", "Steer", "Touch memory", "Tainted", "Read lengths",

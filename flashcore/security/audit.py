@@ -28,7 +28,7 @@ from flashcore.launch.compile_check import TARGETS
 from flashcore.measure import machine
 from flashcore.security import sass, taint, unwritten
 from flashcore.security.taint import Taint
-from flashcore.security.variants import Variant, variants
+from flashcore.security.variants import Variant, drawn, variants
 
 UNSEEN = (
     "the variants that a problem's options select beyond those listed, and kernels that another compiler makes",
@@ -142,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = kinds.add_parser("sass", help="the machine code of every shipped variant; needs no GPU")
     options.add_argument("--arch", type=int, nargs="+", choices=sorted(TARGETS), default=sorted(TARGETS))
     options.add_argument("--quick", action="store_true", help="one variant of each kernel, schedule and mask")
+    options.add_argument("--random", type=int, default=0, metavar="N", help="of each, N more of random problems")
     options.add_argument("--jobs", type=int, help="processes; one for each core")
     options.add_argument("--json", type=Path, metavar="FILE", help="write all of it here too")
     chosen = parser.parse_args(argv)
@@ -150,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"TRITON_PTXAS_PATH={path}: the audit names and speaks of the ptxas that Triton ships")
     tools = toolchain()
     print("  ".join(f"{name} {version}" for name, version in tools.items()))
-    work = variants(chosen.arch, quick=chosen.quick)
+    work = list(dict.fromkeys([*variants(chosen.arch, quick=chosen.quick), *drawn(chosen.arch, chosen.random)]))
     columns = f"{'instr':>7}{'branch':>7}{'memory':>7}{'guarded':>8}{'lengths':>8}"
     print(f"{columns} | tainted: branch address other | variant")
     results = []
@@ -171,8 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "recorded": datetime.now(timezone.utc).isoformat(timespec="seconds"), "gpu": None, **tools,
                 "commit": machine.commit(), "source": machine.source(),
             },
-            "quick": chosen.quick, "archs": chosen.arch, "unseen": UNSEEN, "summary": summary(results),
-            "cases": [r.as_json() for r in results],
+            "quick": chosen.quick, "random": chosen.random, "archs": chosen.arch, "unseen": UNSEEN,
+            "summary": summary(results), "cases": [r.as_json() for r in results],
         }  # fmt: skip
         chosen.json.parent.mkdir(parents=True, exist_ok=True)
         chosen.json.write_text(json.dumps(record, indent=1) + "\n")

@@ -7,9 +7,12 @@ alignment, broadcast masks, the sign of the scale.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from random import Random
 
 import torch
 
@@ -18,8 +21,10 @@ from flashcore.core.errors import UnsupportedError
 from flashcore.core.problem import Mask, Problem
 from flashcore.core.target import Target
 from flashcore.launch import select
+from flashcore.launch.arguments import Options, packed_problem_of, problem_of
 from flashcore.launch.compile_check import TARGETS
 from flashcore.security.controls import CONTROLS
+from flashcore.testing import problems
 
 _BATCH, _HEADS, _SEQLEN = 8, 8, 197
 _MASK_ROW = 208  # elements from one row of a mask to the next: a multiple of 16 bytes, which TMA asks for
@@ -79,6 +84,37 @@ def variants(archs: Sequence[int], *, quick: bool = False) -> list[Variant]:
         found += _most_options(target) if quick else _options(target)
     controls = [v for arch in archs for v in _controls(TARGETS[arch])]
     return list(dict.fromkeys(found)) + controls
+
+
+def drawn(archs: Sequence[int], count: int, seed: int = 0) -> list[Variant]:
+    """So many more for each architecture: of random problems as `audit fuzz` draws them, as they are chosen and by the
+    portable kernel.
+    """
+    found: dict[int, dict[Variant, None]] = {arch: {} for arch in archs}
+    for number in itertools.count():
+        problem, options = _described(problems.draw(Random(f"{seed} {number}"), Random(number)))
+        if problem.dtype == torch.float32:
+            continue  # no tensor core computes it, by which the audit knows an attention kernel
+        for arch, backend in product(archs, (None, "portable")):
+            with contextlib.suppress(UnsupportedError, ValueError):  # no kernel serves it there, or not by such a tile
+                config = select.select(
+                    problem, TARGETS[arch], backend=backend, block_m=options.block_m, block_n=options.block_n
+                )  # fmt: skip
+                negative = options.scale_for(problem.head_dim) < 0
+                found[arch][Variant(problem, config, TARGETS[arch], negative=negative)] = None
+        if all(len(found[arch]) >= count for arch in archs):
+            return [v for arch in archs for v in [*found[arch]][:count]]
+    raise AssertionError("numbers end")
+
+
+def _described(call: problems.Call) -> tuple[Problem, Options]:
+    options = Options(**{name: value for name, value in call.options.items() if name in Options._fields})
+    q, k, v = (call.tensors[name] for name in "qkv")
+    if call.packed:
+        sequences = call.tensors["cu_seqlens_q"].shape[0] - 1
+        longest = call.options["max_seqlen_q"], call.options["max_seqlen_k"]
+        return packed_problem_of(q, k, v, None, sequences, *longest, options), options
+    return problem_of(q, k, v, None, options, call.tensors.get("attn_mask"), call.tensors.get("seqused_k")), options
 
 
 def _options(target: Target) -> Iterator[Variant]:

@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 
 from flashcore import cli
 from flashcore.launch import select
@@ -19,7 +20,7 @@ from flashcore.security.audit import Audited
 from flashcore.security.controls import CONTROLS
 from flashcore.security.taint import Taint
 from flashcore.security.unwritten import Read
-from flashcore.security.variants import Variant, variants
+from flashcore.security.variants import Variant, drawn, variants
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = [(80, "portable"), (89, "portable"), (90, "portable"), (90, "hopper")]
@@ -106,6 +107,17 @@ def test_every_combination_of_options_is_audited() -> None:
         for softcap, window in product((False, True), repeat=2):
             options = ("window",) * window + ("softcap",) * softcap + ("cu_seqlens",)
             assert (*options, False) in seen
+
+
+def test_random_problems_are_the_same_ones_again() -> None:
+    found = drawn([80, 90], 30)
+    assert found == drawn([80, 90], 30) and found[:20] == drawn([80], 20) and drawn([80, 90], 0) == []
+    assert found != drawn([80, 90], 30, seed=1)
+    assert [v.target.arch for v in found] == [80] * 30 + [90] * 30 and len(dict.fromkeys(found)) == 60
+    assert {v.config.kernel for v in found} == {"portable", "hopper"}
+    narrow = [v for v in found if v.problem.head_dim != v.problem.head_dim_v]
+    assert narrow and any(not v.problem.aligned_rows for v in found) and any(v.problem.packed for v in found)
+    assert all(v.problem.dtype != torch.float32 for v in found), "which no tensor core computes"
 
 
 def test_status_and_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
