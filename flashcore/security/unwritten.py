@@ -13,8 +13,6 @@ and words of the stack are not counted.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import reduce
-from operator import or_
 
 from flashcore.security import sass
 from flashcore.security.sass import Code, Instruction
@@ -57,14 +55,17 @@ def _used(each: Instruction) -> int:
 
 
 def without_a_write(code: Code) -> Code | None:
-    """The control: `code` without the one write of a register that is read as well; None where there is no such."""
+    """The control: `code` without the one write in front of the first read of a register that it computed itself; None
+    where there is no such in what runs before the first branch.
+    """
     once = twice = 0
-    for each in code.instructions:
+    for j, each in enumerate(code.instructions):
+        if needed := _used(each) & once & ~twice:
+            i = next(i for i, other in enumerate(code.instructions[:j]) if other.defs & needed)
+            gone = replace(code.instructions[i], defs=0, kills=0)
+            return replace(code, instructions=(*code.instructions[:i], gone, *code.instructions[i + 1 :]))
         twice |= once & each.defs
         once |= each.defs
-    read = reduce(or_, map(_used, code.instructions), 0)
-    for i, each in enumerate(code.instructions):
-        if each.defs & ~twice & read & ~_used(each):
-            gone = replace(each, defs=0, kills=0)
-            return replace(code, instructions=(*code.instructions[:i], gone, *code.instructions[i + 1 :]))
+        if code.successors[j] != (j + 1,):
+            break
     return None

@@ -39,9 +39,20 @@ def test_a_load_of_four_dimensions_reads_six_registers_and_a_store_five() -> Non
     assert found(*ready[:-2], "UTMASTG.4D [UR8], [UR4]") == [("UR12",)]
 
 
-def test_a_write_that_is_taken_away_is_noticed() -> None:
-    right = code("MOV R3, RZ", "MOV R4, RZ", "MOV R4, R3", "FADD R2, R3, R4")
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["MOV R3, RZ", "MOV R4, RZ", "MOV R4, R3", "FADD R2, R3, R4"],
+        ["S2R R0, SR_TID.X", "ISETP.GT.AND P0, PT, R0, 0x1f, PT", "@P0 EXIT", "MOV R0, RZ", "FADD R2, R0, R0"],
+    ],
+)
+def test_a_write_that_is_taken_away_is_noticed(lines: list[str]) -> None:
+    right = code(*lines)
     assert not unwritten.reads(right)
     faulty = unwritten.without_a_write(right)
     assert faulty is not None and unwritten.reads(faulty)
+
+
+def test_there_may_be_no_write_to_take_away() -> None:
     assert unwritten.without_a_write(code("MOV R3, RZ")) is None
+    assert unwritten.without_a_write(code("BRA `(.L_x_0)", ".L_x_0:", "MOV R3, RZ", "FADD R2, R3, 1")) is None
