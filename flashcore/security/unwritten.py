@@ -58,7 +58,7 @@ def without_a_write(code: Code) -> Code | None:
     """The control: `code` without the one write in front of the first read of a register that it computed itself; None
     where there is no such in what runs before the first branch.
     """
-    once = twice = 0
+    once, twice = 0, _AT_ENTRY
     for j, each in enumerate(code.instructions):
         if needed := _used(each) & once & ~twice:
             i = next(i for i, other in enumerate(code.instructions[:j]) if other.defs & needed)

@@ -43,6 +43,7 @@ def test_a_load_of_four_dimensions_reads_six_registers_and_a_store_five() -> Non
     "lines",
     [
         ["MOV R3, RZ", "MOV R4, RZ", "MOV R4, R3", "FADD R2, R3, R4"],
+        ["IADD3 R1, R1, -0x8, RZ", "STL [R1], RZ", "MOV R0, RZ", "FADD R2, R0, 1"],
         ["S2R R0, SR_TID.X", "ISETP.GT.AND P0, PT, R0, 0x1f, PT", "@P0 EXIT", "MOV R0, RZ", "FADD R2, R0, R0"],
     ],
 )
@@ -55,4 +56,5 @@ def test_a_write_that_is_taken_away_is_noticed(lines: list[str]) -> None:
 
 def test_there_may_be_no_write_to_take_away() -> None:
     assert unwritten.without_a_write(code("MOV R3, RZ")) is None
-    assert unwritten.without_a_write(code("BRA `(.L_x_0)", ".L_x_0:", "MOV R3, RZ", "FADD R2, R3, 1")) is None
+    behind = ("MOV R3, RZ", "BRA `(.L_x_0)", "NOP", ".L_x_0:", "FADD R2, R3, 1")
+    assert unwritten.without_a_write(code(*behind)) is None
