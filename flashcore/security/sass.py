@@ -14,7 +14,9 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 from pathlib import Path
 
 # A set of registers is an integer, one bit a register: R0.., P0.., UR0.., UP0.., B0.. (convergence barriers), and
@@ -96,6 +98,29 @@ class Code:
 
     instructions: tuple[Instruction, ...]
     successors: tuple[tuple[int, ...], ...]
+
+
+def forward(code: Code, start: int, after: Callable[[int, int, int], int]) -> list[int | None]:
+    """What may hold in front of each instruction, as bits, `start` in front of the first; None where nothing leads.
+
+    Args:
+        after: (what holds in front of instruction i, i, the one that runs next) -> what holds there.
+    """
+    before: list[int | None] = [None] * len(code.instructions)
+    before[0] = start
+    todo, waiting = [0], {0}
+    while todo:
+        i = heappop(todo)
+        waiting.discard(i)
+        for following in code.successors[i]:
+            there = after(before[i] or 0, i, following)
+            known = before[following]
+            if known is None or there & ~known:
+                before[following] = (known or 0) | there
+                if following not in waiting:
+                    waiting.add(following)
+                    heappush(todo, following)
+    return before
 
 
 def names(registers: int) -> list[str]:

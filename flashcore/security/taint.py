@@ -24,7 +24,6 @@ from __future__ import annotations
 import re
 from collections import deque
 from dataclasses import dataclass
-from heapq import heappop, heappush
 
 from flashcore.security import sass
 from flashcore.security.sass import Code, Instruction
@@ -98,7 +97,8 @@ def reached_by(code: Code, sources: frozenset[int], fresh: frozenset[int] = froz
     None for an instruction that nothing leads to. `fresh` are those whose results come from nothing that they read.
     """
     worlds = _Worlds(code, sources, fresh)
-    return [None if s is None else worlds.running(s, i) for i, s in enumerate(_fixpoint(code, worlds))]
+    before = sass.forward(code, 0, lambda state, i, following: worlds.along(worlds.after(state, i), i, following))
+    return [None if s is None else worlds.running(s, i) for i, s in enumerate(before)]
 
 
 class _Worlds:
@@ -205,26 +205,6 @@ def _copied(each: Instruction) -> tuple[int, bool] | None:
     table = int(found[4], 16)
     if_true, if_false = table >> 7 & 1, table >> (7 - (4 >> place)) & 1
     return None if if_true == if_false else (each.uses, not if_true)
-
-
-def _fixpoint(code: Code, worlds: _Worlds) -> list[int | None]:
-    """The state in front of each instruction; None where nothing leads."""
-    before: list[int | None] = [None] * len(code.instructions)
-    before[0] = 0
-    todo, waiting = [0], {0}
-    while todo:
-        i = heappop(todo)
-        waiting.discard(i)
-        after = worlds.after(before[i] or 0, i)
-        for following in code.successors[i]:
-            there = worlds.along(after, i, following)
-            known = before[following]
-            if known is None or there & ~known:
-                before[following] = (known or 0) | there
-                if following not in waiting:
-                    waiting.add(following)
-                    heappush(todo, following)
-    return before
 
 
 def _sinks(each: Instruction, descriptors: set[int]) -> list[tuple[str, int]]:

@@ -31,17 +31,7 @@ class Read:
 
 def reads(code: Code) -> tuple[Read, ...]:
     """Every such instruction of a kernel."""
-    written: list[int | None] = [None] * len(code.instructions)  # in front of each; None where nothing leads
-    written[0] = _AT_ENTRY
-    todo = [0]
-    while todo:
-        i = todo.pop()
-        after = (written[i] or 0) | code.instructions[i].defs
-        for following in code.successors[i]:
-            known = written[following]
-            if known is None or after & ~known:
-                written[following] = (known or 0) | after
-                todo.append(following)
+    written = sass.forward(code, _AT_ENTRY, lambda before, i, _: before | code.instructions[i].defs)
     found = []
     for each, before in zip(code.instructions, written, strict=True):
         if before is not None and (missing := _used(each) & ~before):
