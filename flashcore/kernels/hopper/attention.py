@@ -128,13 +128,26 @@ def hide(s, row, key, seqlen_k, shift, left, right, CAUSAL: gl.constexpr):
 
 
 @gluon.jit
-def _apply_mask(s, mask, scale):
-    """bool: -inf where it is 0; else scale * s + mask, where a -inf hides the score even if it is NaN."""
+def _apply_mask(s, mask, scale, HIDE: gl.constexpr):
+    """bool: -inf where it is 0; else scale * s + mask, with HIDE -inf where the mask is, even if the score is NaN."""
     if mask.dtype == gl.int8:
         return gl.where(mask == 0, -float("inf"), s)
     else:
         bias = mask.to(gl.float32)
-        return gl.where(bias == -float("inf"), bias, s * scale + bias)
+        s = s * scale + bias
+        return gl.where(bias == -float("inf"), bias, s) if HIDE else s
+
+
+@gluon.jit
+def _hide_pairs(p, bias):
+    """0 where the bias is -inf, even if the weight is NaN: two weights of 16 bits at a time, with one instruction each
+    where scores take two.
+    """
+    if bias.dtype == gl.float16:
+        code: gl.constexpr = "{ .reg .b32 x; mov.b32 x, 0xFC00FC00; set.neu.u32.f16x2 x, $2, x; and.b32 $0, $1, x; }"
+    else:
+        code: gl.constexpr = "{ .reg .b32 x; mov.b32 x, 0xFF80FF80; set.neu.u32.bf16x2 x, $2, x; and.b32 $0, $1, x; }"
+    return gl.inline_asm_elementwise(code, "=r,r,r", [p, bias], dtype=p.dtype, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -177,25 +190,25 @@ def mean(acc, inverse, total, EMPTY_ROWS: gl.constexpr):
 
 
 @gluon.jit
-def softmax(s, m, l, qk_scale, FIRST: gl.constexpr, EMPTY_ROWS: gl.constexpr, BIAS: gl.constexpr):
+def softmax(s, m, l, qk_scale, FIRST: gl.constexpr, EMPTY_ROWS: gl.constexpr, EXACT: gl.constexpr):
     """Scores of one tile -> weights in fp32, the running maximum m and sum l with it, and what the output so far is to
     be multiplied by (nothing to multiply when FIRST).
 
-    m is in units of log2. With a bias it is one of the scores: they may be as low as the lowest finite number, where
-    the rounding of their product with a factor is itself more than exp2 can take.
+    m is in units of log2. EXACT: it is one of the scores, in units of e: they may be as low as bf16's or fp32's lowest
+    finite number, where the rounding of their product with a factor is itself more than exp2 can take.
     """
     rows_layout: gl.constexpr = m.type.layout
     sums_layout: gl.constexpr = l.type.layout
     m = gl.convert_layout(m, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
-    new_m = gl.max(s, 1) if BIAS else gl.max(s, 1) * qk_scale
-    if not FIRST:
+    new_m = gl.max(s, 1) if EXACT else gl.max(s, 1) * qk_scale
+    if EMPTY_ROWS or not FIRST:  # -inf, too, where a bias hides nothing but NaN
         new_m = gl.maximum(m, new_m)
     base = new_m
     if EMPTY_ROWS:  # a row that has seen nothing yet: -inf - -inf is no number
         base = gl.where(new_m == -float("inf"), 0.0, new_m)
-    p = gl.exp2((s - base[:, None]) * LOG2E if BIAS else s * qk_scale - base[:, None])
+    p = gl.exp2((s - base[:, None]) * LOG2E if EXACT else s * qk_scale - base[:, None])
     sums = _row_sums(p, sums_layout)
-    alpha = gl.exp2((m - base) * LOG2E if BIAS else m - base)
+    alpha = gl.exp2((m - base) * LOG2E if EXACT else m - base)
     l = sums if FIRST else times(l, alpha) + sums
     return p, gl.convert_layout(new_m, rows_layout, assert_trivial=True), l, alpha
 
@@ -221,7 +234,7 @@ def attention_forward(
 
     None where an option is not in use. mask_desc: over the mask's own sizes, 1 where it is broadcast; MASK_B, MASK_H: 0
     where its batch or head is. cap: of the scores, before the mask is added. qk_scale has a factor of log2(e), without
-    the one where the scores get a bias, and 2 / cap where there is a cap. left, right: keys beside the diagonal.
+    it where the scores get a bias, and 2 / cap where there is a cap. left, right: keys beside the diagonal.
     seqused_k, cu_seqlens_q, cu_seqlens_k: lengths on the device, of sequences of at most longest_q, longest_k rows. Of
     these a persistent kernel takes seqused_k only. sequences: how many, where the grid is (numbers of tiles, heads) as
     _tile_of has them.
@@ -233,9 +246,12 @@ def attention_forward(
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DV, 16])  # noqa: E741
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 8, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    SUM_P: gl.constexpr = gl.DotOperandLayout(0, L, 2)
     MORE_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, MORE_DV, 16])
     MORE_P: gl.constexpr = gl.DotOperandLayout(0, MORE_O, 2)
     BIAS: gl.constexpr = mask_desc is not None and mask_desc.dtype != gl.int8
+    EXACT: gl.constexpr = BIAS and mask_desc.dtype != gl.float16
+    HIDE_PAIRS: gl.constexpr = BIAS and lse is None and mask_desc.dtype != gl.float32
     RAGGED: gl.constexpr = seqused_k is not None or cu_seqlens_k is not None
     MASKED: gl.constexpr = CAUSAL or not EVEN_N or left is not None
     ONE_ITEM: gl.constexpr = not PERSISTENT and cu_seqlens_q is None and (mask_desc is None or BLOCK_N > 64)
@@ -264,6 +280,11 @@ def attention_forward(
         mask_box = gl.allocate_shared_memory(mask_desc.dtype, mask_desc.block_shape, mask_desc.layout)
         mask_tile = mask_box.reshape([MASK_ROWS, BLOCK_N])
         mbarrier.init(mask_full, count=1)
+    if BIAS:
+        ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, BLOCK_N], dtype)
+        ones_box = gl.allocate_shared_memory(dtype, [8, BLOCK_N], ONES)
+        ones_box.store(gl.full([8, BLOCK_N], 1.0, dtype, gl.BlockedLayout([1, 8], [8, 4], [1, WARPS], [1, 0])))
+        ones = ones_box.permute((1, 0))
 
     mbarrier.init(q_full, count=1)
     mbarrier.init(k_full, count=1)
@@ -358,6 +379,8 @@ def attention_forward(
         acc = gl.zeros([BLOCK_M, DV], gl.float32, O)
         if MORE_DV:
             more_acc = gl.zeros([BLOCK_M, MORE_DV], gl.float32, MORE_O)
+        if BIAS:
+            weight = gl.zeros([BLOCK_M, 8], gl.float32, L)
         m = gl.full([BLOCK_M], -float("inf"), gl.float32, gl.SliceLayout(1, S))
         l = gl.zeros([BLOCK_M, 8], gl.float32, L)  # noqa: E741
         mbarrier.wait(q_full, turn & 1)
@@ -404,22 +427,32 @@ def attention_forward(
                 if cap is not None:  # tanh by exp2: tanh.approx is right to 11 bits only
                     s = cap - 2.0 * cap / (1.0 + gl.exp2(s * qk_scale))
                 if mask_desc is not None:
-                    s = _apply_mask(s, mask, qk_scale if cap is None else 1.0)
+                    s = _apply_mask(s, mask, qk_scale if cap is None else 1.0, not HIDE_PAIRS)
                 if (SINGLE and MASKED) or part:
                     s = hide(s, row, key, seqlen_k, shift, left, right, CAUSAL)
                 elif MASKED and not TAIL:
                     if ((tile + 1) * BLOCK_N > visible) | (key < hidden):
                         s = hide(s, row, key, seqlen_k, shift, left, right, CAUSAL)
-                unit = qk_scale if cap is None else LOG2E
-                p, m, l, alpha = softmax(s, m, l, unit, SINGLE, EMPTY_ROWS, BIAS)
+                unit = qk_scale if cap is None and not BIAS else LOG2E
+                p, m, l, alpha = softmax(s, m, l, unit, SINGLE, EMPTY_ROWS, EXACT)
                 if not SINGLE:
                     acc = times(acc, alpha)
                     if MORE_DV:
                         more_acc = times(more_acc, alpha)
-                p = gl.convert_layout(p.to(dtype), P, assert_trivial=True)
+                p = p.to(dtype)
+                if HIDE_PAIRS:
+                    p = _hide_pairs(p, mask)
+                p = gl.convert_layout(p, P, assert_trivial=True)
                 mbarrier.wait(v_full, loads & 1)
                 values = v_tile.slice(0, p.shape[1], 0)
                 sums = warpgroup_mma(p, values.slice(0, DV, 1), acc, use_acc=not SINGLE, is_async=True)
+                if BIAS:
+                    # Their sum as a product with ones: an addition less for each score, and the weights as they were
+                    # rounded, all the same way where a row has nothing but fp16's lowest number.
+                    if not SINGLE:
+                        weight = times(weight, alpha)
+                    sum_p = gl.convert_layout(p, SUM_P, assert_trivial=True)
+                    weight = warpgroup_mma(sum_p, ones, weight, use_acc=not SINGLE, is_async=True)
                 if MORE_DV:
                     more_p = gl.convert_layout(p, MORE_P, assert_trivial=True)
                     more_sums = warpgroup_mma(
@@ -428,6 +461,8 @@ def attention_forward(
                     acc, more_acc, p, more_p = warpgroup_mma_wait(0, deps=(sums, more_sums, p, more_p))
                 else:
                     acc, p = warpgroup_mma_wait(0, deps=(sums, p))
+                if BIAS:
+                    weight, sum_p = warpgroup_mma_wait(0, deps=(weight, sum_p))
                 if PERSISTENT or not SINGLE:
                     mbarrier.expect(v_full, V_BYTES, pred=refill)
                     block_barrier()  # every warp's product has read v
@@ -438,12 +473,13 @@ def attention_forward(
             if not more:
                 gdc_launch_dependents()
         total = gl.sum(l, 1)
-        inverse = 1.0 / total
+        divisor = gl.max(weight, 1) if BIAS else total  # each column has the whole sum
+        inverse = 1.0 / divisor
         if PERSISTENT:
             tma.store_wait(0)  # the item before this one has left the buffer
-        o_tile.slice(0, DV, 1).store(mean(acc, inverse, total, EMPTY_ROWS).to(dtype))
+        o_tile.slice(0, DV, 1).store(mean(acc, inverse, divisor, EMPTY_ROWS).to(dtype))
         if MORE_DV:
-            o_tile.slice(DV, MORE_DV, 1).store(mean(more_acc, inverse, total, EMPTY_ROWS).to(dtype))
+            o_tile.slice(DV, MORE_DV, 1).store(mean(more_acc, inverse, divisor, EMPTY_ROWS).to(dtype))
         fence_async_shared()
         if cu_seqlens_q is not None:
             tma_store(o_desc, [batch, head, first_q + seqlen_q, longest_q - seqlen_q + row, 0], o_box)
@@ -456,7 +492,7 @@ def attention_forward(
                 base = head.to(gl.int64) * total_q + first_q
             else:
                 base = (batch.to(gl.int64) * heads + head) * seqlen_q
-            top = m if BIAS else m * LN2
+            top = m if EXACT else m * LN2
             gl.store(lse + base + rows, top + gl.log(total), mask=rows < seqlen_q)
         row_tile, head, batch = next_row_tile, next_head, next_batch
         if PERSISTENT and seqused_k is not None:
