@@ -88,11 +88,12 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
     constexprs: dict[str, Any] = dict.fromkeys(name for name in _OPTIONAL if name not in args)
     constexprs |= {
         "GROUP": p.group, "CAUSAL": p.is_causal, "EVEN_N": p.seqlen_k % config.block_n == 0 and not p.ragged,
-        "SINGLE": p.seqlen_k <= config.block_n, "TAIL": narrow_tile(p, config.block_n), "EMPTY_ROWS": _empty_rows(p),
+        "SINGLE": p.seqlen_k <= config.block_n, "TAIL": narrow_tile(p, config.block_n),
+        "ENDS": _wide_ends(p, config.block_n), "EMPTY_ROWS": _empty_rows(p),
         "NEGATE": scale < 0, "PERSISTENT": persistent, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         **dict(zip(("D", "MORE_D"), columns(p.head_dim), strict=True)),
         **dict(zip(("DV", "MORE_DV"), columns(p.head_dim_v), strict=True)), "WARPS": config.num_warps,
-        "LATE": items > 2 * target.sms,
+        "LATE": items > 2 * target.sms, "SORTED": _sorted(p, config, items, target),
         "MASK_B": int(p.mask is not None and p.mask.strides[0] != 0),
         "MASK_H": int(p.mask is not None and p.mask.strides[1] != 0),
     }  # fmt: skip
@@ -173,6 +174,22 @@ def _mask(p: Problem, mask: Mask, config: Config) -> Tma:
     return _descriptor("mask", mask.dtype, shape, (*steps, 1), (1, 1, rows, config.block_n))
 
 
+def _wide_ends(p: Problem, block_n: int) -> bool:
+    """Whether the end of a sequence may be a whole tile instead of narrow ones: where it is one of a few tiles."""
+    return p.ragged and not p.is_causal and narrow_tile(p, block_n) > 0 and p.seqlen_k <= 4 * block_n
+
+
+def _sorted(p: Problem, config: Config, items: int, target: Target) -> int:
+    """What the kernel sorts sequences in, 0 where it does not: with more than one item for every block that fits on the
+    GPU the last ones had better be short, with more than three their lengths even out and blocks of all sorts side by
+    side are faster.
+    """
+    one_each = target.sms * blocks_per_sm(p, config, target)
+    if not p.ragged or p.batch > 128 or packed_tiles(p, config.block_m) or not one_each < items <= 3 * one_each:
+        return 0
+    return max(32, 1 << (p.batch - 1).bit_length())
+
+
 def _empty_rows(p: Problem) -> bool:
     """Whether some row may see no key: its maximum is -inf."""
     return p.mask is not None or p.ragged or p.window != (-1, -1) or (p.is_causal and p.seqlen_q > p.seqlen_k)
@@ -200,6 +217,8 @@ def smem(problem: Problem, config: Config) -> int:
     mask = 0
     if problem.mask is not None:
         mask = config.block_n * (config.block_m if problem.mask.strides[2] else 1) * problem.mask.dtype.itemsize
+        if problem.mask.dtype != torch.bool:
+            mask += 2 * 8 * config.block_n  # ones, for the sum of the weights
     return 2 * (rows + keys) + mask + (_BARRIERS_OF_WARPGROUPS if config.schedule == SPECIALIZED else _BARRIERS)
 
 

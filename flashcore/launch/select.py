@@ -217,7 +217,8 @@ def _hopper_lengths(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[Config, ...]:
     if p.packed or p.is_causal or p.return_lse or not _counts(p, 64):
         return flat
     most = max(p.head_dim, p.head_dim_v)
-    stay = (c for c in flat if p.seqlen_k > c.block_n and (most <= 96 or c.maxnreg != 128))
+    spilling = 128 if most > 96 else 96 if most > 32 and p.seqlen_k <= 256 else 0  # registers that are too few
+    stay = (c for c in flat if p.seqlen_k > c.block_n and c.maxnreg != spilling)
     return (*(replace(c, schedule="persistent") for c in stay), *flat)
 
 

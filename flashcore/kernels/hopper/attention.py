@@ -78,6 +78,42 @@ def _tile_of(number, cu_seqlens, sequences, total, BLOCK_M: gl.constexpr, WARPS:
 
 
 @gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _lanes(SEQUENCES: gl.constexpr, WARPS: gl.constexpr):
+    return gl.arange(0, SEQUENCES, gl.BlockedLayout([SEQUENCES // 32], [32], [WARPS], [0]))
+
+
+@gluon.jit
+def _turns(seqused_k, cu_seqlens_k, sequences, longest, SEQUENCES: gl.constexpr, WARPS: gl.constexpr):
+    """When each sequence's turn is if those with the most keys come first, by quarters of the longest; -1 for those
+    past the last. A counting sort of at most SEQUENCES <= 128 in the lanes of a warp, the four counters in one number.
+    """
+    lanes = _lanes(SEQUENCES, WARPS)
+    exists = lanes < sequences
+    if cu_seqlens_k is not None:
+        keys = gl.load(cu_seqlens_k + lanes + 1, mask=exists, other=0)
+        keys -= gl.load(cu_seqlens_k + lanes, mask=exists, other=0)
+    else:
+        keys = gl.load(seqused_k + lanes, mask=exists, other=0)
+    place = 0  # of a sequence's counter: the longest quarter's is the lowest byte
+    for quarters in gl.static_range(1, 4):
+        place += gl.where(4 * keys <= quarters * longest, 8, 0)
+    one = gl.where(exists, 1 << place, 0)
+    before = gl.associative_scan(one, 0, _add) - one
+    begin = gl.sum(one, 0) * 0x01010100  # in each byte the sum of those below it
+    return gl.where(exists, ((before + begin) >> place) & 255, -1)
+
+
+@gluon.jit
+def _whose(turns, turn, SEQUENCES: gl.constexpr, WARPS: gl.constexpr):
+    return gl.max(gl.where(turns == turn, _lanes(SEQUENCES, WARPS), 0), 0)
+
+
+@gluon.jit
 def _used(seqused_k, batch, longest, pred=True):
     """Number of keys of a sequence, within the tensor whatever seqused_k holds."""
     return gl.minimum(gl.maximum(gl.load(seqused_k + batch, mask=pred), 0), longest)
@@ -219,18 +255,19 @@ def attention_forward(
     qk_scale, cap, left, right, longest_q, longest_k, row_tiles, per_row_tiles, heads, per_heads, pairs, per_pairs,
     items,
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, SINGLE: gl.constexpr, TAIL: gl.constexpr,
-    EMPTY_ROWS: gl.constexpr, NEGATE: gl.constexpr, PERSISTENT: gl.constexpr, BLOCK_M: gl.constexpr,
+    ENDS: gl.constexpr, EMPTY_ROWS: gl.constexpr, NEGATE: gl.constexpr, PERSISTENT: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr, MORE_D: gl.constexpr, DV: gl.constexpr, MORE_DV: gl.constexpr,
-    WARPS: gl.constexpr, LATE: gl.constexpr, MASK_B: gl.constexpr, MASK_H: gl.constexpr,
+    WARPS: gl.constexpr, LATE: gl.constexpr, SORTED: gl.constexpr, MASK_B: gl.constexpr, MASK_H: gl.constexpr,
 ):  # fmt: skip
     """softmax(q k^T) v over 4-D descriptors [batch, heads, rows, columns] whose boxes are one tile.
 
     SINGLE: all keys fit in one tile. TAIL: keys of the last tile, causal of all tiles that hide some, where they are
-    narrower than BLOCK_N, else 0; then no other hides any. EMPTY_ROWS: some rows see no key. NEGATE: the scale is
-    negative, qk_scale its magnitude. D + MORE_D and DV + MORE_DV: the columns of a box that are multiplied, in one part
-    or two. LATE: let the next kernel start when this one ends, not at once. PERSISTENT: a one-dimensional grid of
-    blocks that each take every gridDim-th item; else a grid of (row tiles, heads, batch), when causal (heads, row
-    tiles, batch).
+    narrower than BLOCK_N, else 0; then no other hides any, but with ENDS a whole one for an end that fills more of it
+    than a narrow one. EMPTY_ROWS: some rows see no key. NEGATE: the scale is negative, qk_scale its magnitude. D +
+    MORE_D and DV + MORE_DV: the columns of a box that are multiplied, in one part or two. LATE: let the next kernel
+    start when this one ends, not at once. SORTED: if not 0, sequences with the most keys come first, of which there are
+    at most this many: 32, 64 or 128. PERSISTENT: a one-dimensional grid of blocks that each take every gridDim-th item;
+    else a grid of (row tiles, heads, batch), when causal (heads, row tiles, batch).
 
     None where an option is not in use. mask_desc: over the mask's own sizes, 1 where it is broadcast; MASK_B, MASK_H: 0
     where its batch or head is. cap: of the scores, before the mask is added. qk_scale has a factor of log2(e), without
@@ -254,6 +291,8 @@ def attention_forward(
     HIDE_PAIRS: gl.constexpr = BIAS and lse is None and mask_desc.dtype != gl.float32
     RAGGED: gl.constexpr = seqused_k is not None or cu_seqlens_k is not None
     MASKED: gl.constexpr = CAUSAL or not EVEN_N or left is not None
+    PARTS: gl.constexpr = 3 if ENDS else 2 if TAIL else 1
+    NARROW: gl.constexpr = PARTS - 1 if TAIL else PARTS  # the part of narrow tiles, if any
     ONE_ITEM: gl.constexpr = not PERSISTENT and cu_seqlens_q is None and (mask_desc is None or BLOCK_N > 64)
 
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -314,6 +353,9 @@ def attention_forward(
         number = gl.num_programs(0) - 1 - gl.program_id(0) if CAUSAL else gl.program_id(0)
         row_tile, batch = _tile_of(number, cu_seqlens_q, sequences, total_q, BLOCK_M, WARPS)
         head = gl.program_id(1)
+    if SORTED:
+        turns = _turns(seqused_k, cu_seqlens_k, divide(pairs, per_heads), longest_k, SORTED, WARPS)
+        batch = _whose(turns, batch, SORTED, WARPS)
     seqlen_q, seqlen_k, first_q, first_k = longest_q, longest_k, 0, 0
     if cu_seqlens_q is not None:
         first_q, seqlen_q = _rows_of(cu_seqlens_q, batch, total_q, longest_q)
@@ -356,13 +398,18 @@ def attention_forward(
         visible = seqlen_k  # keys that every row of this tile sees
         if CAUSAL:
             visible = gl.minimum(visible, row + shift + 1)
-        whole = tiles  # tiles of BLOCK_N keys; the others, of TAIL, come behind them
+        whole = tiles  # tiles of BLOCK_N keys that hide none, where others come behind them
         if TAIL and (CAUSAL or RAGGED):
             whole = gl.maximum(visible - 1, 0) // BLOCK_N
-            seen = gl.minimum(seqlen_k, row + shift + BLOCK_M) if CAUSAL else seqlen_k
-            tiles = whole + gl.maximum((seen - whole * BLOCK_N + TAIL - 1) // TAIL, 1)
         elif TAIL:
             whole = tiles - 1
+        wide = whole  # all tiles of BLOCK_N keys
+        if ENDS:
+            wide += (seqlen_k - whole * BLOCK_N > TAIL).to(gl.int32)
+            tiles = whole + 1
+        elif TAIL and (CAUSAL or RAGGED):
+            seen = gl.minimum(seqlen_k, row + shift + BLOCK_M) if CAUSAL else seqlen_k
+            tiles = whole + gl.maximum((seen - whole * BLOCK_N + TAIL - 1) // TAIL, 1)
         hidden = 0  # keys before this one are hidden from some row
         if left is not None:
             visible = gl.minimum(visible, row + shift + right + 1)
@@ -374,6 +421,8 @@ def attention_forward(
             next_row_tile, next_head, next_batch = _item(
                 index + step, row_tiles, per_row_tiles, heads, per_heads, pairs, per_pairs, CAUSAL
             )
+            if SORTED:
+                next_batch = _whose(turns, next_batch, SORTED, WARPS)
             if seqused_k is not None:
                 next_seqlen_k = _used(seqused_k, next_batch, longest_k, more)
         acc = gl.zeros([BLOCK_M, DV], gl.float32, O)
@@ -384,9 +433,9 @@ def attention_forward(
         m = gl.full([BLOCK_M], -float("inf"), gl.float32, gl.SliceLayout(1, S))
         l = gl.zeros([BLOCK_M, 8], gl.float32, L)  # noqa: E741
         mbarrier.wait(q_full, turn & 1)
-        for part in gl.static_range(2 if TAIL else 1):  # whole tiles, and a copy of the code for narrow ones
-            start = whole if part else first_tile
-            stop = first_tile + 1 if SINGLE else tiles if part else whole
+        for part in gl.static_range(PARTS):  # whole tiles, with ENDS one that hides some, narrow ones: a copy each
+            start = wide if part == NARROW else whole if part else first_tile
+            stop = first_tile + 1 if SINGLE else tiles if part == NARROW else wide if part else whole
             for tile in range(start, stop):
                 if TAIL and part == 0:  # a narrow one follows
                     last, refill, load_batch, load_head = False, True, batch, head // GROUP
@@ -395,15 +444,15 @@ def attention_forward(
                     refill = more | (tile + 1 < tiles)
                     load_batch = gl.where(last, next_batch, batch)
                     load_head = gl.where(last, next_head, head) // GROUP
-                key = whole * BLOCK_N + (tile - whole) * TAIL if part else tile * BLOCK_N
+                key = wide * BLOCK_N + (tile - wide) * TAIL if part == NARROW else tile * BLOCK_N
                 if TAIL and part == 0:
                     load_key = (tile + 1) * BLOCK_N
                 else:
-                    load_key = gl.where(last, 0, key + TAIL if part else (tile + 1) * BLOCK_N)
+                    load_key = gl.where(last, 0, key + TAIL if part == NARROW else (tile + 1) * BLOCK_N)
                 if PERSISTENT and seqused_k is not None:
                     length = gl.maximum(gl.where(last, next_seqlen_k, seqlen_k), 1)
                 mbarrier.wait(k_full, loads & 1)
-                scores = _scores(q_tile, k_tile, TAIL if part else BLOCK_N, D, MORE_D, WARPS)
+                scores = _scores(q_tile, k_tile, TAIL if part == NARROW else BLOCK_N, D, MORE_D, WARPS)
                 if mask_desc is not None:
                     mbarrier.wait(mask_full, loads & 1)
                     mask = mask_tile.load(S)
