@@ -168,12 +168,12 @@ def _produce(q_desc, k_desc, v_desc, queries, keys, values, work, ROWS: gl.const
 
 
 @gluon.jit
-def _scores(q, keys, turn, S: gl.constexpr):
+def _scores(q_tile, keys, turn, S: gl.constexpr):
     """q k^T of a tile; a promise, to be waited for."""
-    rows: gl.constexpr = q.shape[0]
+    rows: gl.constexpr = q_tile.shape[0]
     columns: gl.constexpr = keys.box.shape[3]
     nothing = gl.zeros([rows, columns], gl.float32, S)
-    return warpgroup_mma(q, keys.tile(turn).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    return warpgroup_mma(q_tile, keys.tile(turn).permute((1, 0)), nothing, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -198,12 +198,12 @@ def _weights(
 
 @gluon.jit
 def _in_turn(
-    q, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S: gl.constexpr, P: gl.constexpr,
+    q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S: gl.constexpr, P: gl.constexpr,
     dtype: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
 ):  # fmt: skip
     for tile in range(tiles):
         keys.wait(loads)
-        s = warpgroup_mma_wait(0, deps=(_scores(q, keys, loads, S),))
+        s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads, S),))
         keys.free(loads)
         p, m, l, alpha = _weights(s, m, l, tile, row, qk_scale, work, dtype, False, EVEN_N, NEGATE)
         acc = times(acc, alpha)
@@ -217,17 +217,17 @@ def _in_turn(
 
 @gluon.jit
 def _overlapped(
-    q, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S: gl.constexpr, P: gl.constexpr,
+    q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S: gl.constexpr, P: gl.constexpr,
     dtype: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
 ):  # fmt: skip
     keys.wait(loads)
-    s = warpgroup_mma_wait(0, deps=(_scores(q, keys, loads, S),))
+    s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads, S),))
     keys.free(loads)
     p, m, l, alpha = _weights(s, m, l, 0, row, qk_scale, work, dtype, True, EVEN_N, NEGATE)
     p = gl.convert_layout(p, P, assert_trivial=True)
     keys.wait(loads + 1, tiles > 1)
     for tile in range(1, tiles):
-        scores = _scores(q, keys, loads + 1, S)
+        scores = _scores(q_tile, keys, loads + 1, S)
         values.wait(loads)
         sums = warpgroup_mma(p, values.tile(loads), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=(scores,))
@@ -260,7 +260,6 @@ def _consume(
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    Q_IN_REGISTERS: gl.constexpr = queries.box.shape[4] <= 64
     o_tile = o_box.index(WHICH)
     loads = 0
     turn = 0
@@ -273,20 +272,16 @@ def _consume(
         l = gl.zeros([ROWS, 8], gl.float32, L)  # noqa: E741
         mine = turn * GROUPS + WHICH
         queries.wait(mine)
-        q = queries.tile(mine)
-        if Q_IN_REGISTERS:
-            q = q.load(gl.DotOperandLayout(0, S, 2))
-            queries.free(mine)
+        q_tile = queries.tile(mine)
         if GROUPS == 2:
             acc, m, l = _overlapped(
-                q, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S, P, dtype, EVEN_N, NEGATE
+                q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S, P, dtype, EVEN_N, NEGATE
             )
         else:
             acc, m, l = _in_turn(
-                q, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S, P, dtype, EVEN_N, NEGATE
+                q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S, P, dtype, EVEN_N, NEGATE
             )
-        if not Q_IN_REGISTERS:
-            queries.free(mine)
+        queries.free(mine)
         loads += tiles
         for _ in range(tiles, work.keys((row_tile + 1) * GROUPS * ROWS)):  # those that only rows further down see
             keys.wait(loads)
