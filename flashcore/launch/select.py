@@ -19,7 +19,7 @@ import torch
 
 from flashcore.core.config import Config
 from flashcore.core.errors import UnsupportedError
-from flashcore.core.problem import Problem
+from flashcore.core.problem import Mask, Problem
 from flashcore.core.target import Target
 from flashcore.launch.binding import narrow_tile
 from flashcore.launch.capability import reasons
@@ -137,7 +137,7 @@ def padded(dim: int, aligned_rows: bool) -> int:
 # narrower ones, and those for others that hide some scores or want the lse from blocks that stay, which takes a few
 # registers more. With 96 registers 20 warps share an SM, with 128 16, with 168 12, with 255 8.
 _HOPPER: dict[int, tuple[tuple[_Tile, ...], ...]] = {
-    32: (((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128)),
+    32: (((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128), (64, 128, 4, 96)),
          ((64, 64, 4, 96), (64, 128, 4, 128)),
          ((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128), (64, 128, 4, 168)),
          ((64, 64, 4, 96), (64, 128, 4, 168))),
@@ -171,23 +171,28 @@ _HOPPER_LENGTHS: dict[int, tuple[_Tile, ...]] = {
 }
 
 
-def _mask_tile(p: Problem, width: int) -> _Tile | None:
-    """The tile of 128 keys that was seen to be the fastest with a mask alone, None = a smaller one was; `width` is the
-    padded head dimension.
+def _mask_alone(p: Problem, mask: Mask, light: tuple[_Tile, ...], width: int, target: Target) -> tuple[Config, ...]:
+    """With a mask alone: what was seen to be the fastest, then `light`; `width` is the padded head dimension. With a
+    bias, blocks may stay for several items at head dimensions above 32.
     """
-    is_bool = p.mask is not None and p.mask.dtype == torch.bool
-    if p.mask is None or width > 64 or p.seqlen_k % 128:
-        return None
-    if p.seqlen_k == 128:
-        return (64, 128, 4, 128) if is_bool or width == 32 else None
-    if is_bool or p.seqlen_k < 512:
-        return None
-    return (64, 128, 4, 128) if width == 32 else (64, 128, 4, 168)
+    wide, first = p.seqlen_k % 128 == 0 and p.seqlen_k >= 512, None
+    if mask.dtype == torch.bool:
+        first = (64, 128, 4, 128) if p.seqlen_k == 128 and width <= 64 else None
+    elif width == 32:
+        first = (64, 128, 4, 128) if wide and mask.strides[0] else None
+    elif width == 64:
+        at_once = -(-p.seqlen_q // 64) * p.batch * p.heads_q <= 4 * target.sms
+        first = (64, 128, 4, 168) if wide and not at_once else (64, 64, 4, 128)
+    order = light if first is None else (first, *(tile for tile in light if tile != first))
+    flat = tuple(Config("hopper", m, n, warps, 1, "", registers) for m, n, warps, registers in order)
+    if first != (64, 64, 4, 128) or p.seqlen_k <= 64 or not _counts(p, 64):
+        return flat
+    return (replace(flat[0], schedule="persistent"), *flat)
 
 
-def _hopper_options(problem: Problem) -> tuple[Config, ...]:
-    """The Hopper kernel's configurations for a problem with options. With seqused_k alone, blocks may stay for several
-    items.
+def _hopper_options(problem: Problem, target: Target) -> tuple[Config, ...]:
+    """The Hopper kernel's configurations for a problem with options. With seqused_k or a bias alone, blocks may stay
+    for several items.
     """
     p, dim = problem, max(problem.head_dim, problem.head_dim_v)
     width = next((padded for padded in _HOPPER_OPTIONS if dim <= padded), None)
@@ -202,10 +207,10 @@ def _hopper_options(problem: Problem) -> tuple[Config, ...]:
         tiles = many
     elif burden == 2 or p.return_lse or "window" in p.options:
         tiles = some
+    elif p.mask is not None:
+        return _mask_alone(p, p.mask, light, width, target)
     else:
         tiles = light
-        if wide := _mask_tile(p, width):
-            tiles = (wide, *(tile for tile in light if tile != wide))
     return tuple(Config("hopper", m, n, warps, 1, "", registers) for m, n, warps, registers in tiles)
 
 
@@ -224,18 +229,16 @@ def _hopper_lengths(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[Config, ...]:
 
 def _specialized(problem: Problem) -> tuple[Config, ...]:
     """Blocks of warpgroups that share K and V: three, with 160 registers a thread, or two, with 240, where those are
-    too few. At head dimensions up to 96 small blocks are faster, but for the longest rows at 64.
+    too few. At head dimensions up to 96 small blocks are faster.
     """
     p, dim = problem, max(problem.head_dim, problem.head_dim_v)
-    if 64 < dim <= 96 or dim <= 32 or p.seqlen_k <= 128 or not _counts(p, 128):
+    if dim <= 96 or p.seqlen_k <= 128 or not _counts(p, 128):
         return ()
     if p.is_causal and p.seqlen_q > p.seqlen_k:
         return ()  # rows that see no key
     three, two = (Config("hopper", m, 128, m // 16, 2, "specialized", r) for m, r in ((192, 160), (128, 240)))
-    even = not p.is_causal and p.seqlen_k % three.block_n == 0
-    if dim <= 64:
-        return (three,) if even else ()
-    return (three, two) if even and not p.return_lse else (two,)
+    few = not p.is_causal and not p.return_lse and p.seqlen_k % three.block_n == 0
+    return (three, two) if few else (two,)
 
 
 def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
@@ -243,7 +246,7 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
     warpgroups that share K and V.
     """
     if problem.options:
-        return _hopper_options(problem)
+        return _hopper_options(problem, target)
     dim = max(problem.head_dim, problem.head_dim_v)
     lists = next((_HOPPER[padded] for padded in _HOPPER if dim <= padded), ((),) * 4)
     plain, tailed, diagonal, masked = lists
@@ -262,6 +265,8 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
         else:
             fitting = plain
         if tile not in fitting:
+            continue
+        if registers == 96 and n == 128 and (problem.is_causal or not single):
             continue
         if schedule and (single or not _counts(problem, m)):
             continue

@@ -466,7 +466,9 @@ def attention_forward(
                     block_barrier()  # every warp's product has read k, and q; every warp the mask
                     _load(k_desc, load_batch, load_head, first_k, length, longest_k, load_key, k_full, k_box, refill)
                     if mask_desc is not None:
-                        at = [batch * MASK_B, head * MASK_H, mask_row, load_key]
+                        mask_row = gl.where(last, next_row_tile, row_tile) * BLOCK_M if MASK_ROWS > 1 else 0
+                        mask_head = gl.where(last, next_head, head) * MASK_H
+                        at = [load_batch * MASK_B, mask_head, mask_row, load_key]
                         tma_load(mask_desc, at, mask_full, mask_box, pred=refill)
                     if PERSISTENT:
                         next_row, load_q = next_row_tile * BLOCK_M, last & more

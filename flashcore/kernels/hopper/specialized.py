@@ -8,8 +8,6 @@ V through TMA, and every other warpgroup computes 64 rows against the same tiles
 * two where scores are hidden or the lse is wanted, which three have no registers for: each issues the next tile's QK
   and this tile's PV together, under whose products its softmax runs (FlashAttention-3, Shah et al. 2024).
 
-At D=64, where small blocks have registers for tiles of 128 keys, three are the faster ones from 16,384 keys on alone.
-
 One block fills an SM and stays for all its items; it loads the next one's tiles once all have done with this one's q.
 docs/design/hopper-log.md has the measurements. No branch and no address depends on a value of q, k or v.
 """
