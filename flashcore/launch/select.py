@@ -426,7 +426,7 @@ def shipped(target: Target) -> Iterator[tuple[Problem, Config]]:
     yield from dict.fromkeys((problem, select(problem, target)) for problem in plain)
     for dim in _HEAD_DIMS:
         largest: dict[tuple[Config, str], Problem] = {}
-        for seqlen, is_causal in ((197, True), (64, True), (512, False), (224, False), (290, False)):
+        for seqlen, is_causal in ((197, True), (64, True), (512, False), (224, False), (290, False), (100, False)):
             for lse in (True, False):
                 problem = _problem(head_dim=dim, seqlen_q=seqlen, is_causal=is_causal, return_lse=lse)
                 for config in candidates(problem, target):

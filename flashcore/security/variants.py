@@ -169,6 +169,9 @@ def _layouts(target: Target) -> Iterator[Variant]:
         replace(base, heads_kv=_HEADS // 4, stride_k=few, stride_v=few), replace(base, mask=row_mask),
         replace(base, mask=far_mask), replace(base, stride_k=(0, far, 16 * far), stride_v=(0, far, 16 * far)),
         replace(base, batch=70_000), replace(base, dtype=torch.bfloat16, seqused_k=True, mask=_MASKS["bool"]),
+        # enough sequences to be sorted by length: for blocks that take one item and for those that stay
+        *(replace(base, batch=batch, seqused_k=True) for batch in (32, 40)), _packed(replace(base, batch=40)),
+        replace(base, mask=_MASKS["fp16"]), replace(base, batch=40, mask=_MASKS["fp16"]),
     ]  # fmt: skip
     for kernel in select.KERNELS:
         for problem in problems:
@@ -234,7 +237,7 @@ def _sized(problem: Problem, dim: int) -> Problem:
 
 def _packed(problem: Problem, *, short: bool = False) -> Problem:
     """`short`: most of the sequences, so that blocks look up whose rows theirs are."""
-    total = _SEQLEN if short else _BATCH * _SEQLEN
+    total = _SEQLEN if short else problem.batch * _SEQLEN
     return _sized(replace(problem, packed=(total, total)), problem.head_dim)
 
 

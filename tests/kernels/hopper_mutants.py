@@ -45,6 +45,7 @@ class Trial:
     out: str = "contiguous"
     options: dict[str, Any] = field(default_factory=dict)
     extra: str = ""  # a mask, lengths
+    lse: bool = True
     config: Config = FLAT
 
 
@@ -60,8 +61,14 @@ TRIALS = {
     "window": Trial(options={"window": (70, 10)}),
     "soft cap": Trial(options={"softcap": 5.0}),
     "bias": Trial(extra="bias"),
+    "fp32 bias": Trial(extra="fp32 bias"),
+    "hidden NaN": Trial(extra="hidden NaN", lse=False),
+    "bias, persistent": Trial(Shape(20, 16, 128, 64, heads_kv=4, seqlen_k=192), extra="bias", config=STAYS),
     "mask": Trial(extra="mask"),
     "lengths": Trial(extra="lengths"),
+    "few lengths": Trial(Shape(2, 4, 200, 64, heads_kv=2, seqlen_k=256), extra="lengths"),
+    "sorted": Trial(Shape(40, 8, 128, 64, heads_kv=4, seqlen_k=192), extra="lengths"),
+    "sorted, persistent": Trial(Shape(40, 8, 128, 64, heads_kv=4, seqlen_k=192), extra="lengths", config=STAYS),
     "packed": Trial(Shape(1, 4, 150, 64, heads_kv=2, seqlen_k=150), extra="packed"),
     "packed, short": Trial(Shape(1, 4, 238, 64, heads_kv=2, seqlen_k=238), extra="short"),
     "persistent": Trial(Shape(40, 16, 128, 64, heads_kv=4, seqlen_k=192), config=STAYS),
@@ -85,19 +92,28 @@ class Prepared:
         q, k, v = self.inputs
         self.trial, s = trial, trial.shape
         self.guarded = Guarded(s.q, q.dtype, device, trial.out)
-        self.lse = torch.full(s.q[:3], float("nan"), device=device)
-        options = Options(return_lse=True, **trial.options)
+        self.lse = torch.full(s.q[:3], float("nan"), device=device) if trial.lse else None
+        options = Options(return_lse=trial.lse, **trial.options)
         generator = torch.Generator(device).manual_seed(5)
         keys = s.k[2]
         wide = torch.randn(s.batch, s.heads_q, s.seqlen_q, -(-keys // 8) * 8, generator=generator, device=device)
-        mask = {"bias": wide.half(), "mask": wide.repeat_interleave(2, -1)[..., : wide.shape[-1] // 8 * 16] > -0.5}
+        mask = {
+            "bias": wide.half(), "fp32 bias": wide, "hidden NaN": wide.half(),
+            "mask": wide.repeat_interleave(2, -1)[..., : wide.shape[-1] // 8 * 16] > -0.5,
+        }  # fmt: skip
+        if trial.extra == "hidden NaN":
+            mask[trial.extra][..., 7::50] = -float("inf")
+            k[..., 7::50, :] = float("nan")
         self.extra: dict[str, Any] = {}
         if trial.extra in mask:
             self.extra["attn_mask"] = mask[trial.extra][..., :keys]
         elif trial.extra == "lengths":
-            self.extra["seqused_k"] = torch.tensor([130, 299], dtype=torch.int32, device=device)
+            used = [130, keys - 1, *torch.randint(keys + 1, (s.batch,), generator=torch.Generator().manual_seed(5))]
+            self.extra["seqused_k"] = torch.tensor(used[: s.batch], dtype=torch.int32, device=device)
         self.scale = options.scale_for(s.head_dim)
-        self.tensors = dict(zip("qkv", self.inputs, strict=True)) | {"o": self.guarded.out, "lse": self.lse}
+        self.tensors = dict(zip("qkv", self.inputs, strict=True)) | {"o": self.guarded.out}
+        if self.lse is not None:
+            self.tensors["lse"] = self.lse
         if trial.extra in BOUNDS:
             ends = BOUNDS[trial.extra]
             bounds = torch.tensor(ends, dtype=torch.int32, device=device)

@@ -329,7 +329,6 @@ SPECIALIZED = pytest.mark.parametrize(
         pytest.param(problem(2000, 128, is_causal=True, return_lse=True), TWO, id="two-causal-uneven-lse"),
         pytest.param(problem(2048, 128, dtype=torch.bfloat16, heads_kv=2, is_causal=True), TWO, id="two-bf16-gqa"),
         pytest.param(problem(2048, 104, head_dim_v=64), THREE, id="three-104-64"),
-        pytest.param(problem(2048, 64, return_lse=True), THREE, id="three-64-lse"),
     ],
 )
 
@@ -342,11 +341,11 @@ def test_warpgroups_are_on_the_allow_list(asked: Problem, config: Config) -> Non
 @pytest.mark.parametrize(
     "asked",
     [
-        problem(2000, 64), problem(2048, 64, is_causal=True), problem(2048, 32), problem(2048, 96), problem(128, 128),
+        problem(2048, 64), problem(16_384, 64), problem(2048, 32), problem(2048, 96), problem(128, 128),
         problem(2048, 128, window=(5, 5)), problem(2048, 128, softcap=5.0),
         problem(2048, 128, seqlen_k=1024, is_causal=True),
     ],
-    ids=["dim-64-uneven", "dim-64-causal", "dim-32", "dim-96", "one-tile", "window", "softcap", "rows-without-keys"],
+    ids=["dim-64", "dim-64-long", "dim-32", "dim-96", "one-tile", "window", "softcap", "rows-without-keys"],
 )
 def test_warpgroups_are_not_for(asked: Problem) -> None:
     assert not {config.schedule for config in configs(asked)} & {"specialized"}

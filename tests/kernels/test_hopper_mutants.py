@@ -21,7 +21,8 @@ pytestmark = pytest.mark.skipif(
 )
 HERE = Path(__file__).parent
 TRIALS = ("plain", "large logits", "many keys", "wide", "negative scale", "causal", "causal lengths", "blind",
-          "window", "soft cap", "bias", "mask", "lengths", "packed", "packed, short", "persistent", "narrow tile",
+          "window", "soft cap", "bias", "fp32 bias", "hidden NaN", "bias, persistent", "mask", "lengths", "few lengths",
+          "sorted", "sorted, persistent", "packed", "packed, short", "persistent", "narrow tile",
           "narrow tile, persistent", "columns", "shared", "shared, many", "shared, negative", "shared, causal",
           "strides")  # fmt: skip
 on_hopper = pytest.mark.skipif(

@@ -82,18 +82,29 @@ def test_blocks_stay_for_several_items_only_where_keys_are_few(rows: list[lookup
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "seqlen", "keys"),
+    ("dtype", "head_dim", "seqlen", "tile"),
     [
-        (torch.float16, 32, 128, 128), (torch.float16, 32, 256, 64), (torch.float16, 32, 512, 128),
-        (torch.float16, 64, 128, 64), (torch.float16, 64, 512, 128), (torch.float16, 64, 576, 64),
-        (torch.bfloat16, 64, 1024, 128), (torch.bool, 64, 128, 128), (torch.bool, 64, 512, 64),
-        (torch.float16, 128, 512, 64),
+        (torch.float16, 32, 128, (64, 96, "")), (torch.float16, 32, 512, (64, 96, "")),
+        (torch.float16, 64, 128, (64, 128, "")), (torch.float16, 64, 256, (64, 128, "persistent")),
+        (torch.float16, 64, 512, (128, 168, "")), (torch.float16, 64, 576, (64, 128, "")),
+        (torch.bfloat16, 64, 1024, (128, 168, "")), (torch.bool, 64, 128, (128, 128, "")),
+        (torch.bool, 64, 512, (64, 96, "")), (torch.float16, 128, 512, (64, 168, "")),
     ],
 )  # fmt: skip
-def test_masks_get_the_keys_a_tile_that_were_fastest(dtype: torch.dtype, head_dim: int, seqlen: int, keys: int) -> None:
+def test_masks_get_the_tile_that_was_fastest(
+    dtype: torch.dtype, head_dim: int, seqlen: int, tile: tuple[int, int, str]
+) -> None:
     asked = problem(32, seqlen, head_dim, mask=Mask(dtype, (0, seqlen * seqlen, seqlen, 1)))
-    assert select(asked, H100).block_n == keys
-    assert select(dataclasses.replace(asked, return_lse=True), H100).block_n == 64
+    chosen = select(asked, H100)
+    assert (chosen.block_n, chosen.maxnreg, chosen.schedule) == tile
+    lse = select(dataclasses.replace(asked, return_lse=True), H100)
+    assert (lse.block_n, lse.schedule) == (64, "")
+
+
+def test_a_bias_of_each_sequence_and_few_blocks_get_tiles_of_their_own() -> None:
+    each = problem(32, 512, 32, mask=Mask(torch.float16, (8 * 512 * 512, 512 * 512, 512, 1)))
+    few = problem(8, 512, mask=Mask(torch.float16, (0, 512 * 512, 512, 1)))
+    assert [select(p, H100).block_n for p in (each, few)] == [128, 64]
 
 
 def test_blocks_of_unlike_lengths_stay_for_more_than_two_items_and_have_64_packed_rows(rows: list[lookup.Row]) -> None:
@@ -101,16 +112,12 @@ def test_blocks_of_unlike_lengths_stay_for_more_than_two_items_and_have_64_packe
     assert [select(p, H100).schedule for p in (few, enough)] == ["persistent"] * 2
     lengths = [dataclasses.replace(p, seqused_k=True) for p in (few, enough)]
     assert [select(p, H100).schedule for p in lengths] == ["", "persistent"]
+    assert select(lengths[1], H100).maxnreg == 128
     wide = problem(32, 512, 96)
     assert select(dataclasses.replace(wide, seqused_k=True), H100).block_m == 128
     row = (0, 96, 8 * 96)
     packed = dataclasses.replace(wide, packed=(9_000, 9_000), stride_q=row, stride_k=row, stride_v=row, stride_o=row)
     assert select(packed, H100).block_m == 64
-
-
-def test_warpgroups_share_keys_at_64_columns_where_they_are_very_many_alone() -> None:
-    schedules = {n: select(problem(2**19 // (8 * n), n), H100).schedule for n in (2048, 8192, 16_384, 32_768)}
-    assert schedules == {2048: "", 8192: "", 16_384: "specialized", 32_768: "specialized"}
 
 
 def test_a_measured_row_decides(rows: list[lookup.Row]) -> None:
