@@ -175,8 +175,8 @@ def _mask(p: Problem, mask: Mask, config: Config) -> Tma:
 
 
 def _early(p: Problem, config: Config) -> bool:
-    """Whether the next tile of K is asked for ahead of the softmax: where it was measured to pay. Elsewhere the SASS that
-    comes of it spills, or is no faster.
+    """Whether the next tile of K is asked for ahead of the softmax: where that was measured to pay, for blocks of other
+    kinds it costs registers or time.
     """
     flat = config.schedule == "" and config.num_warps == 4 and config.block_n == 128
     return flat and not p.options and not p.is_causal and p.seqlen_k >= 4096 and max(p.head_dim, p.head_dim_v) <= 64

@@ -257,7 +257,8 @@ def attention_forward(
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, SINGLE: gl.constexpr, TAIL: gl.constexpr,
     ENDS: gl.constexpr, EMPTY_ROWS: gl.constexpr, NEGATE: gl.constexpr, PERSISTENT: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr, MORE_D: gl.constexpr, DV: gl.constexpr, MORE_DV: gl.constexpr,
-    WARPS: gl.constexpr, LATE: gl.constexpr, EARLY: gl.constexpr, SORTED: gl.constexpr, MASK_B: gl.constexpr, MASK_H: gl.constexpr,
+    WARPS: gl.constexpr, LATE: gl.constexpr, EARLY: gl.constexpr, SORTED: gl.constexpr, MASK_B: gl.constexpr,
+    MASK_H: gl.constexpr,
 ):  # fmt: skip
     """softmax(q k^T) v over 4-D descriptors [batch, heads, rows, columns] whose boxes are one tile.
 
@@ -265,9 +266,10 @@ def attention_forward(
     narrower than BLOCK_N, else 0; then no other hides any, but with ENDS a whole one for an end that fills more of it
     than a narrow one. EMPTY_ROWS: some rows see no key. NEGATE: the scale is negative, qk_scale its magnitude. D +
     MORE_D and DV + MORE_DV: the columns of a box that are multiplied, in one part or two. LATE: let the next kernel
-    start when this one ends, not at once. EARLY: ask for the next K ahead of the softmax, not within it. SORTED: if not 0, sequences with the most keys come first, of which there are
-    at most this many: 32, 64 or 128. PERSISTENT: a one-dimensional grid of blocks that each take every gridDim-th item;
-    else a grid of (row tiles, heads, batch), when causal (heads, row tiles, batch).
+    start when this one ends, not at once. EARLY: ask for the next K ahead of the softmax, not within it. SORTED: if not
+    0, sequences with the most keys come first, of which there are at most this many: 32, 64 or 128. PERSISTENT: a
+    one-dimensional grid of blocks that each take every gridDim-th item; else a grid of (row tiles, heads, batch), when
+    causal (heads, row tiles, batch).
 
     None where an option is not in use. mask_desc: over the mask's own sizes, 1 where it is broadcast; MASK_B, MASK_H: 0
     where its batch or head is. cap: of the scores, before the mask is added. qk_scale has a factor of log2(e), without
