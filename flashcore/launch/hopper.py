@@ -93,7 +93,7 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
         "NEGATE": scale < 0, "PERSISTENT": persistent, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         **dict(zip(("D", "MORE_D"), columns(p.head_dim), strict=True)),
         **dict(zip(("DV", "MORE_DV"), columns(p.head_dim_v), strict=True)), "WARPS": config.num_warps,
-        "LATE": items > 2 * target.sms, "EARLY": _early(p, config), "SORTED": _sorted(p, config, items, target),
+        "LATE": items > 2 * target.sms, "SORTED": _sorted(p, config, items, target),
         "MASK_B": int(p.mask is not None and p.mask.strides[0] != 0),
         "MASK_H": int(p.mask is not None and p.mask.strides[1] != 0),
     }  # fmt: skip
@@ -172,14 +172,6 @@ def _mask(p: Problem, mask: Mask, config: Config) -> Tma:
     steps = _steps(shape, mask.strides[:3], 16 // mask.dtype.itemsize)
     rows = config.block_m if shape[2] > 1 else 1
     return _descriptor("mask", mask.dtype, shape, (*steps, 1), (1, 1, rows, config.block_n))
-
-
-def _early(p: Problem, config: Config) -> bool:
-    """Whether the next tile of K is asked for ahead of the softmax: where that was measured to pay, for blocks of other
-    kinds it costs registers or time.
-    """
-    flat = config.schedule == "" and config.num_warps == 4 and config.block_n == 128
-    return flat and not p.options and not p.is_causal and p.seqlen_k >= 4096 and max(p.head_dim, p.head_dim_v) <= 64
 
 
 def _wide_ends(p: Problem, block_n: int) -> bool:

@@ -61,8 +61,6 @@ _PLANTED = (
     _kernel("result 0.1% too large", "inverse = 1.0 / divisor", "inverse = 1.001 / divisor"),
     _binding("scale 0.3% too large", "block_m)\n    args |= score_scalars(p, scale)",
              "block_m)\n    args |= score_scalars(p, 1.003 * scale)"),
-    _kernel("scale 0.3% too large where K comes early", "gl.full([1], qk_scale,", "gl.full([1], 1.003 * qk_scale,",
-            "early"),
     _kernel("sign of scale lost", "s = -s", "s = s", "negative scale"),
     _binding("scale counts as positive", '"NEGATE": scale < 0, "PERS', '"NEGATE": False, "PERS', "negative scale"),
     # -- lse

@@ -53,7 +53,6 @@ TRIALS = {
     "plain": Trial(),
     "large logits": Trial(family="large_logits"),
     "many keys": Trial(Shape(1, 2, 64, 64, seqlen_k=2048)),
-    "early": Trial(Shape(1, 2, 200, 64, seqlen_k=4200), options={"scale": 0.5}, config=replace(FLAT, block_n=128)),
     "wide": Trial(options={"scale": 0.5}),
     "negative scale": Trial(options={"scale": -0.3}),
     "causal": Trial(options={"is_causal": True}),

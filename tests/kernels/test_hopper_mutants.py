@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     not capability._triton().startswith(capability.TRITON_RELEASES), reason="not offered under this release of Triton"
 )
 HERE = Path(__file__).parent
-TRIALS = ("plain", "large logits", "many keys", "early", "wide", "negative scale", "causal", "causal lengths", "blind",
+TRIALS = ("plain", "large logits", "many keys", "wide", "negative scale", "causal", "causal lengths", "blind",
           "window", "soft cap", "bias", "fp32 bias", "hidden NaN", "bias, persistent", "mask", "lengths", "few lengths",
           "sorted", "sorted, persistent", "packed", "packed, short", "persistent", "narrow tile",
           "narrow tile, persistent", "columns", "shared", "shared, many", "shared, negative", "shared, causal",

@@ -257,8 +257,7 @@ def attention_forward(
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, SINGLE: gl.constexpr, TAIL: gl.constexpr,
     ENDS: gl.constexpr, EMPTY_ROWS: gl.constexpr, NEGATE: gl.constexpr, PERSISTENT: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr, MORE_D: gl.constexpr, DV: gl.constexpr, MORE_DV: gl.constexpr,
-    WARPS: gl.constexpr, LATE: gl.constexpr, EARLY: gl.constexpr, SORTED: gl.constexpr, MASK_B: gl.constexpr,
-    MASK_H: gl.constexpr,
+    WARPS: gl.constexpr, LATE: gl.constexpr, SORTED: gl.constexpr, MASK_B: gl.constexpr, MASK_H: gl.constexpr,
 ):  # fmt: skip
     """softmax(q k^T) v over 4-D descriptors [batch, heads, rows, columns] whose boxes are one tile.
 
@@ -266,10 +265,9 @@ def attention_forward(
     narrower than BLOCK_N, else 0; then no other hides any, but with ENDS a whole one for an end that fills more of it
     than a narrow one. EMPTY_ROWS: some rows see no key. NEGATE: the scale is negative, qk_scale its magnitude. D +
     MORE_D and DV + MORE_DV: the columns of a box that are multiplied, in one part or two. LATE: let the next kernel
-    start when this one ends, not at once. EARLY: ask for the next K ahead of the softmax, not within it. SORTED: if not
-    0, sequences with the most keys come first, of which there are at most this many: 32, 64 or 128. PERSISTENT: a
-    one-dimensional grid of blocks that each take every gridDim-th item; else a grid of (row tiles, heads, batch), when
-    causal (heads, row tiles, batch).
+    start when this one ends, not at once. SORTED: if not 0, sequences with the most keys come first, of which there are
+    at most this many: 32, 64 or 128. PERSISTENT: a one-dimensional grid of blocks that each take every gridDim-th item;
+    else a grid of (row tiles, heads, batch), when causal (heads, row tiles, batch).
 
     None where an option is not in use. mask_desc: over the mask's own sizes, 1 where it is broadcast; MASK_B, MASK_H: 0
     where its batch or head is. cap: of the scores, before the mask is added. qk_scale has a factor of log2(e), without
@@ -326,11 +324,6 @@ def attention_forward(
         ones_box = gl.allocate_shared_memory(dtype, [8, BLOCK_N], ONES)
         ones_box.store(gl.full([8, BLOCK_N], 1.0, dtype, gl.BlockedLayout([1, 8], [8, 4], [1, WARPS], [1, 0])))
         ones = ones_box.permute((1, 0))
-
-    if EARLY:  # ptxas moves no load from shared memory, and so no exp2 of what is multiplied by it, ahead of a barrier
-        ONE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-        scale_box = gl.allocate_shared_memory(gl.float32, [1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-        scale_box.store(gl.full([1], qk_scale, gl.float32, ONE))
 
     mbarrier.init(q_full, count=1)
     mbarrier.init(k_full, count=1)
@@ -492,8 +485,6 @@ def attention_forward(
                     if ((tile + 1) * BLOCK_N > visible) | (key < hidden):
                         s = hide(s, row, key, seqlen_k, shift, left, right, CAUSAL)
                 unit = qk_scale if cap is None and not BIAS else LOG2E
-                if EARLY:
-                    unit = gl.max(scale_box.load(ONE), 0)
                 p, m, l, alpha = softmax(s, m, l, unit, SINGLE, EMPTY_ROWS, EXACT)
                 if not SINGLE:
                     acc = times(acc, alpha)
@@ -504,8 +495,6 @@ def attention_forward(
                     p = _hide_pairs(p, mask)
                 p = gl.convert_layout(p, P, assert_trivial=True)
                 mbarrier.wait(v_full, loads & 1)
-                if EARLY:
-                    mbarrier.expect(v_full, V_BYTES, pred=refill)
                 values = v_tile.slice(0, p.shape[1], 0)
                 sums = warpgroup_mma(p, values.slice(0, DV, 1), acc, use_acc=not SINGLE, is_async=True)
                 if BIAS:
@@ -526,8 +515,7 @@ def attention_forward(
                 if BIAS:
                     weight, sum_p = warpgroup_mma_wait(0, deps=(weight, sum_p))
                 if PERSISTENT or not SINGLE:
-                    if not EARLY:
-                        mbarrier.expect(v_full, V_BYTES, pred=refill)
+                    mbarrier.expect(v_full, V_BYTES, pred=refill)
                     block_barrier()  # every warp's product has read v
                     _load(v_desc, load_batch, load_head, first_k, length, longest_k, load_key, v_full, v_box, refill)
                 loads += 1
