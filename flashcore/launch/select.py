@@ -237,8 +237,8 @@ def _specialized(problem: Problem) -> tuple[Config, ...]:
     if p.is_causal and p.seqlen_q > p.seqlen_k:
         return ()  # rows that see no key
     three, two = (Config("hopper", m, 128, m // 16, 2, "specialized", r) for m, r in ((192, 160), (128, 240)))
-    few = not p.is_causal and not p.return_lse and p.seqlen_k % three.block_n == 0
-    return (three, two) if few else (two,)
+    plain = not p.is_causal and not p.return_lse and p.seqlen_k % three.block_n == 0
+    return (three, two) if plain else (two,)
 
 
 def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
@@ -267,7 +267,7 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
         if tile not in fitting:
             continue
         if registers == 96 and n == 128 and (problem.is_causal or not single):
-            continue
+            continue  # nothing but one pass without a mask fits
         if schedule and (single or not _counts(problem, m)):
             continue
         if schedule and problem.is_causal and dim > 80 and registers == 128:

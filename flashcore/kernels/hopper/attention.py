@@ -110,6 +110,7 @@ def _turns(seqused_k, cu_seqlens_k, sequences, longest, SEQUENCES: gl.constexpr,
 
 @gluon.jit
 def _whose(turns, turn, SEQUENCES: gl.constexpr, WARPS: gl.constexpr):
+    """The sequence whose turn it is."""
     return gl.max(gl.where(turns == turn, _lanes(SEQUENCES, WARPS), 0), 0)
 
 
