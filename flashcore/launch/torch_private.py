@@ -75,7 +75,9 @@ def functorch_is_active() -> bool:
 
 
 def apply_function(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` for where no functorch transform runs: the wrapper that looks for one costs 2 microseconds."""
+    """`function.apply` for where no functorch transform runs: the wrapper that looks for one, which torch has up to
+    2.13, costs 2 microseconds.
+    """
     try:
         plain: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     except AttributeError:

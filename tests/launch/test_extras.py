@@ -223,7 +223,7 @@ def test_a_torch_whose_function_class_changed_is_served_by_its_documented_apply(
     from flashcore.launch import torch_private
 
     apply = torch_private.apply_function(ops.Transformable)
-    assert "builtin" in type(apply).__name__ and apply != ops.Transformable.apply  # past the wrapper
+    assert "builtin" in type(apply).__name__  # past the wrapper, which torch has up to 2.13
 
     class Moved:
         @classmethod
