@@ -327,6 +327,28 @@ def test_the_next_kernel_starts_late_where_blocks_queue(config: Config) -> None:
     assert late(264, 64, sms=131)
 
 
+@pytest.mark.parametrize(
+    ("batch", "heads", "slots"), [(7, 4, 0), (8, 4, 32), (22, 4, 32), (23, 4, 0), (33, 2, 64), (65, 1, 128), (129, 1, 0)]
+)
+def test_the_longest_sequences_come_first_where_one_to_three_items_are_a_block_s(
+    batch: int, heads: int, slots: int
+) -> None:
+    five_an_sm = Config("hopper", 64, 64, 4, 1, "", 96)
+    target = dataclasses.replace(H100, sms=18 if batch < 129 else 30)  # 90 or 150 blocks at once
+    asked = problem(batch, heads, 192, seqused_k=True)  # three items for each head
+    assert bind(asked, five_an_sm, target=target).constexprs["SORTED"] == slots
+    assert bind(dataclasses.replace(asked, seqused_k=False), five_an_sm, target=target).constexprs["SORTED"] == 0
+
+
+@pytest.mark.parametrize(("seqlen", "wide"), [(64, False), (65, True), (256, True), (257, False)])
+def test_the_end_of_few_tiles_may_be_a_wide_one(seqlen: int, wide: bool) -> None:
+    asked = problem(seqlen=seqlen, seqused_k=True)
+    config = Config("hopper", 64, 64, 4, 1, "", 96)
+    assert bind(asked, config).constexprs["ENDS"] == wide
+    for change in ({"is_causal": True}, {"seqused_k": False}, {"head_dim": 96, "head_dim_v": 96}):
+        assert not bind(dataclasses.replace(asked, **change), config).constexprs["ENDS"]
+
+
 def test_lengths_and_addresses_are_no_part_of_the_code() -> None:
     asked = problem(8)
     for config, change in product(
