@@ -328,11 +328,10 @@ def test_the_next_kernel_starts_late_where_blocks_queue(config: Config) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "heads", "slots"), [(7, 4, 0), (8, 4, 32), (22, 4, 32), (23, 4, 0), (33, 2, 64), (65, 1, 128), (129, 1, 0)]
+    ("batch", "heads", "slots"),
+    [(7, 4, 0), (8, 4, 32), (22, 4, 32), (23, 4, 0), (33, 2, 64), (65, 1, 128), (129, 1, 0)],
 )
-def test_the_longest_sequences_come_first_where_one_to_three_items_are_a_block_s(
-    batch: int, heads: int, slots: int
-) -> None:
+def test_the_longest_sequences_come_first_for_one_to_three_items_a_block(batch: int, heads: int, slots: int) -> None:
     five_an_sm = Config("hopper", 64, 64, 4, 1, "", 96)
     target = dataclasses.replace(H100, sms=18 if batch < 129 else 30)  # 90 or 150 blocks at once
     asked = problem(batch, heads, 192, seqused_k=True)  # three items for each head
