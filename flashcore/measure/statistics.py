@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -85,37 +84,33 @@ def median_interval(values: Sequence[float]) -> Interval:
 
 
 def ratio_interval(numerator: Sequence[float], denominator: Sequence[float]) -> Interval:
-    """The ratio of two medians with its bootstrap interval.
+    """The median of the rounds' ratios with its bootstrap interval.
 
-    Element i of both lists comes from the same round of an interleaved measurement, so rounds are drawn as pairs:
-    a drift of the machine that hit both sides cancels.
+    Element i of both lists comes from the same round of an interleaved measurement: a drift of the machine that hit
+    both sides cancels in each round's ratio, and does not in the ratio of the two medians, which may come from rounds
+    at different clocks.
 
     Raises:
         ValueError: lists of different lengths.
     """
     if len(numerator) != len(denominator):
         raise ValueError(f"ratio_interval: expected paired rounds, got {len(numerator)} and {len(denominator)}")
-    return Interval(median(numerator) / median(denominator), *_bootstrap(numerator, denominator))
+    ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    return Interval(median(ratios), *_bootstrap(ratios))
 
 
-def _bootstrap(*samples: Sequence[float]) -> tuple[float | None, float | None]:
-    """Bounds of the first sample's median, divided by the second's where there is one."""
+def _bootstrap(sample: Sequence[float]) -> tuple[float | None, float | None]:
+    """Bounds of the sample's median."""
     try:
         import numpy
         from scipy.stats import bootstrap
     except ModuleNotFoundError:
         return None, None
-    if len(samples[0]) < 2:
+    if len(sample) < 2:
         return None, None
-
-    def statistic(*drawn: Any, axis: int) -> Any:
-        medians = [numpy.median(sample, axis=axis) for sample in drawn]
-        return medians[0] if len(medians) == 1 else medians[0] / medians[1]
-
     found = bootstrap(
-        samples,
-        statistic,
-        paired=len(samples) > 1,
+        (sample,),
+        numpy.median,
         vectorized=True,
         n_resamples=RESAMPLES,
         confidence_level=CONFIDENCE,

@@ -72,6 +72,7 @@ def test_a_common_drift_cancels_in_a_ratio() -> None:
     drift = [1 + i / 10 for i in range(30)]
     found = statistics.ratio_interval([3 * d for d in drift], [2 * d for d in drift])
     assert [found.value, found.low, found.high] == pytest.approx([1.5] * 3)
+    assert statistics.ratio_interval([2.0, 4.0, 12.0], [1.0, 4.0, 10.0]).value == 1.2  # of the medians it is 1
     with pytest.raises(ValueError, match="paired"):
         statistics.ratio_interval([1.0], [1.0, 2.0])
 
