@@ -222,8 +222,8 @@ def peers_report(folder: Path) -> Iterator[str]:
     yield (
         "Device time in µs per call (calls captured in a CUDA graph; median of interleaved replays), every contestant "
         "in one process on the same inputs, after the error gate. fp16, H=8, D=64 and no mask unless the row says "
-        "otherwise. The ratio is the best peer's time divided by FlashCore's, with its 95% confidence interval: of the "
-        "medians in the records up to 2026-11-28, the median of the rounds' own ratios in later ones."
+        "otherwise. The ratio is the best peer's time divided by FlashCore's, with its 95% confidence interval: "
+        "the median of the rounds' own ratios, which a drift of the clock does not move."
     )
     yield ""
     for gpu in gpus:

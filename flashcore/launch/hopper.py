@@ -180,9 +180,9 @@ def _wide_ends(p: Problem, block_n: int) -> bool:
 
 
 def _sorted(p: Problem, config: Config, items: int, target: Target) -> int:
-    """What the kernel sorts sequences in, 0 where it does not: with more than one item for every block that fits on the
-    GPU the last ones had better be short, with more than three their lengths even out and blocks of all sorts side by
-    side are faster.
+    """How many sequences the kernel can sort by length, 0 where it does not: with more than one item for every block
+    that fits on the GPU the last ones had better be short, with more than three their lengths even out and blocks of
+    all sorts side by side are faster.
     """
     one_each = target.sms * blocks_per_sm(p, config, target)
     if not p.ragged or p.batch > 128 or packed_tiles(p, config.block_m) or not one_each < items <= 3 * one_each:
