@@ -177,8 +177,8 @@ def _apply_mask(s, mask, scale, HIDE: gl.constexpr):
 
 @gluon.jit
 def _hide_pairs(p, bias):
-    """0 where the bias is -inf, even if the weight is NaN: two weights of 16 bits with two instructions, where two scores
-    take three.
+    """0 where the bias is -inf, even if the weight is NaN: two weights of 16 bits with two instructions, where two
+    scores take three.
     """
     if bias.dtype == gl.float16:
         code: gl.constexpr = "{ .reg .b32 x; mov.b32 x, 0xFC00FC00; set.neu.u32.f16x2 x, $2, x; and.b32 $0, $1, x; }"
