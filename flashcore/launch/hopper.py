@@ -93,7 +93,7 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
         "NEGATE": scale < 0, "PERSISTENT": persistent, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         **dict(zip(("D", "MORE_D"), columns(p.head_dim), strict=True)),
         **dict(zip(("DV", "MORE_DV"), columns(p.head_dim_v), strict=True)), "WARPS": config.num_warps,
-        "LATE": items > 2 * target.sms, "SORTED": _sorted(p, config, items, target),
+        "HALVES": _halves(p, config), "LATE": items > 2 * target.sms, "SORTED": _sorted(p, config, items, target),
         "MASK_B": int(p.mask is not None and p.mask.strides[0] != 0),
         "MASK_H": int(p.mask is not None and p.mask.strides[1] != 0),
     }  # fmt: skip
@@ -177,6 +177,18 @@ def _mask(p: Problem, mask: Mask, config: Config) -> Tma:
 def _wide_ends(p: Problem, block_n: int) -> bool:
     """Whether the end of a sequence may be a whole tile instead of narrow ones: where it is one of a few tiles."""
     return p.ragged and not p.is_causal and narrow_tile(p, block_n) > 0 and p.seqlen_k <= 4 * block_n
+
+
+def _halves(p: Problem, config: Config) -> int:
+    """2 where PV of a tile's first keys shall run under the softmax of its last ones, which shortens what a block takes
+    for a tile; 1 where tiles are many or short (D = 32), since other blocks then fill its waits and the order only
+    costs, and for one pass with a diagonal, which has no registers for it.
+    """
+    if p.mask is not None:
+        return 2
+    if p.seqlen_k <= config.block_n:
+        return 1 if p.is_causal else 2
+    return 2 if max(p.head_dim, p.head_dim_v) > 32 and (p.is_causal or p.seqlen_k <= 1024) else 1
 
 
 def _sorted(p: Problem, config: Config, items: int, target: Target) -> int:

@@ -5,9 +5,12 @@ this one's softmax. With nothing of its own in flight a block needs one buffer e
 registers (126 at 64x128 and D=64) for four blocks to fit, which hides more than pipelining inside a block does:
 docs/design/hopper-log.md has the measurements.
 
-Loads run half a tile ahead: K's buffer is free once the scores are there and is refilled during softmax and PV, V's
-during the next QK and softmax. A persistent block carries on over its items, so the next item's Q, K and V load
-while this one finishes.
+Loads run half a tile ahead: K's buffer is free once the scores are there and is refilled during softmax and PV; V's is
+asked for once QK is under way, behind the barrier that QK has in front of it anyway, and filled during QK and softmax.
+A persistent block carries on over its items, so the next item's Q, K and V load while this one finishes.
+
+With HALVES the last half of a tile's softmax runs while PV of the first one is under way: where few other blocks hide a
+block's own waiting, or it has but few tiles.
 
 No branch and no address depends on a value of q, k or v: the accumulator is rescaled at every tile.
 """
@@ -227,27 +230,44 @@ def mean(acc, inverse, total, EMPTY_ROWS: gl.constexpr):
 
 
 @gluon.jit
-def softmax(s, m, l, qk_scale, FIRST: gl.constexpr, EMPTY_ROWS: gl.constexpr, EXACT: gl.constexpr):
-    """Scores of one tile -> weights in fp32, the running maximum m and sum l with it, and what the output so far is to
-    be multiplied by (nothing to multiply when FIRST).
+def parts(x, PARTS: gl.constexpr):
+    """[M, N] -> its columns in one part or two, which are registers of the same thread."""
+    m: gl.constexpr = x.shape[0]
+    n: gl.constexpr = x.shape[1]
+    if PARTS == 1:
+        return (x,)
+    else:
+        return gl.split(gl.permute(gl.reshape(x, [m, 2, n // 2]), (0, 2, 1)))
 
-    m is in units of log2. EXACT: it is one of the scores, in units of e: they may be as low as bf16's or fp32's lowest
-    finite number, where the rounding of their product with a factor is itself more than exp2 can take.
+
+@gluon.jit
+def maximum(s, m, qk_scale, FIRST: gl.constexpr, EMPTY_ROWS: gl.constexpr, EXACT: gl.constexpr):
+    """The running maximum m with a tile's scores, in units of log2, and what weights are taken relative to.
+
+    EXACT: it is one of the scores, in units of e: they may be as low as bf16's or fp32's lowest finite number, where
+    the rounding of their product with a factor is itself more than exp2 can take.
     """
-    rows_layout: gl.constexpr = m.type.layout
-    sums_layout: gl.constexpr = l.type.layout
-    m = gl.convert_layout(m, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
     new_m = gl.max(s, 1) if EXACT else gl.max(s, 1) * qk_scale
     if EMPTY_ROWS or not FIRST:  # -inf, too, where a bias hides nothing but NaN
         new_m = gl.maximum(m, new_m)
     base = new_m
     if EMPTY_ROWS:  # a row that has seen nothing yet: -inf - -inf is no number
         base = gl.where(new_m == -float("inf"), 0.0, new_m)
+    return new_m, base
+
+
+@gluon.jit
+def weights(s, base, qk_scale, sums_layout: gl.constexpr, EXACT: gl.constexpr):
+    """Scores -> weights in fp32, and their sums by row as _row_sums has them."""
+    base = gl.convert_layout(base, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
     p = gl.exp2((s - base[:, None]) * LOG2E if EXACT else s * qk_scale - base[:, None])
-    sums = _row_sums(p, sums_layout)
-    alpha = gl.exp2((m - base) * LOG2E if EXACT else m - base)
-    l = sums if FIRST else times(l, alpha) + sums
-    return p, gl.convert_layout(new_m, rows_layout, assert_trivial=True), l, alpha
+    return p, _row_sums(p, sums_layout)
+
+
+@gluon.jit
+def factor(m, base, EXACT: gl.constexpr):
+    """What sums and output with the maximum m are to be multiplied by where they shall have `base`."""
+    return gl.exp2((m - base) * LOG2E if EXACT else m - base)
 
 
 @gluon.jit
@@ -258,17 +278,19 @@ def attention_forward(
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, SINGLE: gl.constexpr, TAIL: gl.constexpr,
     ENDS: gl.constexpr, EMPTY_ROWS: gl.constexpr, NEGATE: gl.constexpr, PERSISTENT: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr, MORE_D: gl.constexpr, DV: gl.constexpr, MORE_DV: gl.constexpr,
-    WARPS: gl.constexpr, LATE: gl.constexpr, SORTED: gl.constexpr, MASK_B: gl.constexpr, MASK_H: gl.constexpr,
+    WARPS: gl.constexpr, HALVES: gl.constexpr, LATE: gl.constexpr, SORTED: gl.constexpr, MASK_B: gl.constexpr,
+    MASK_H: gl.constexpr,
 ):  # fmt: skip
     """softmax(q k^T) v over 4-D descriptors [batch, heads, rows, columns] whose boxes are one tile.
 
     SINGLE: all keys fit in one tile. TAIL: keys of the last tile, causal of all tiles that hide some, where they are
     narrower than BLOCK_N, else 0; then no other hides any, but with ENDS a whole one for an end that fills more of it
     than a narrow one. EMPTY_ROWS: some rows see no key. NEGATE: the scale is negative, qk_scale its magnitude. D +
-    MORE_D and DV + MORE_DV: the columns of a box that are multiplied, in one part or two. LATE: let the next kernel
-    start when this one ends, not at once. SORTED: if not 0, sequences with the most keys come first, of which there are
-    at most this many: 32, 64 or 128. PERSISTENT: a one-dimensional grid of blocks that each take every gridDim-th item;
-    else a grid of (row tiles, heads, batch), when causal (heads, row tiles, batch).
+    MORE_D and DV + MORE_DV: the columns of a box that are multiplied, in one part or two. HALVES: 2 where PV takes the
+    keys of a whole tile in two parts, else 1. LATE: let the next kernel start when this one ends, not at once. SORTED:
+    if not 0, sequences with the most keys come first, of which there are at most this many: 32, 64 or 128. PERSISTENT:
+    a one-dimensional grid of blocks that each take every gridDim-th item; else a grid of (row tiles, heads, batch),
+    when causal (heads, row tiles, batch).
 
     None where an option is not in use. mask_desc: over the mask's own sizes, 1 where it is broadcast; MASK_B, MASK_H: 0
     where its batch or head is. cap: of the scores, before the mask is added. qk_scale has a factor of log2(e), without
@@ -294,6 +316,7 @@ def attention_forward(
     MASKED: gl.constexpr = CAUSAL or not EVEN_N or left is not None
     PARTS: gl.constexpr = 3 if ENDS else 2 if TAIL else 1
     NARROW: gl.constexpr = PARTS - 1 if TAIL else PARTS  # the part of narrow tiles, if any
+    STAYS: gl.constexpr = PERSISTENT or not SINGLE  # for more than one tile
     ONE_ITEM: gl.constexpr = not PERSISTENT and cu_seqlens_q is None and (mask_desc is None or BLOCK_N > 64)
 
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -450,22 +473,29 @@ def attention_forward(
                     load_key = (tile + 1) * BLOCK_N
                 else:
                     load_key = gl.where(last, 0, key + TAIL if part == NARROW else (tile + 1) * BLOCK_N)
+                load_length = length
                 if PERSISTENT and seqused_k is not None:
-                    length = gl.maximum(gl.where(last, next_seqlen_k, seqlen_k), 1)
+                    load_length = gl.maximum(gl.where(last, next_seqlen_k, seqlen_k), 1)
                 mbarrier.wait(k_full, loads & 1)
+                if STAYS:
+                    block_barrier()  # every warp's product has read v
                 scores = _scores(q_tile, k_tile, TAIL if part == NARROW else BLOCK_N, D, MORE_D, WARPS)
+                if STAYS:
+                    _load(v_desc, batch, head // GROUP, first_k, length, longest_k, key, v_full, v_box, loads > 0)
                 if mask_desc is not None:
                     mbarrier.wait(mask_full, loads & 1)
                     mask = mask_tile.load(S)
                 s = warpgroup_mma_wait(0, deps=(scores,))
-                if PERSISTENT or not SINGLE:
+                if STAYS:
                     mbarrier.expect(k_full, K_BYTES, pred=refill)
                     if mask_desc is not None:
                         mbarrier.expect(mask_full, MASK_BYTES, pred=refill)
                     if PERSISTENT:
                         mbarrier.expect(q_full, Q_BYTES, pred=last & more)
                     block_barrier()  # every warp's product has read k, and q; every warp the mask
-                    _load(k_desc, load_batch, load_head, first_k, length, longest_k, load_key, k_full, k_box, refill)
+                    _load(
+                        k_desc, load_batch, load_head, first_k, load_length, longest_k, load_key, k_full, k_box, refill
+                    )
                     if mask_desc is not None:
                         mask_row = gl.where(last, next_row_tile, row_tile) * BLOCK_M if MASK_ROWS > 1 else 0
                         mask_head = gl.where(last, next_head, head) * MASK_H
@@ -485,40 +515,59 @@ def attention_forward(
                 elif MASKED and not TAIL:
                     if ((tile + 1) * BLOCK_N > visible) | (key < hidden):
                         s = hide(s, row, key, seqlen_k, shift, left, right, CAUSAL)
+                if not STAYS:  # asked for with K: nothing to wait for, and no branch within the softmax
+                    mbarrier.wait(v_full, loads & 1)
                 unit = qk_scale if cap is None and not BIAS else LOG2E
-                p, m, l, alpha = softmax(s, m, l, unit, SINGLE, EMPTY_ROWS, EXACT)
-                if not SINGLE:
-                    acc = times(acc, alpha)
-                    if MORE_DV:
-                        more_acc = times(more_acc, alpha)
-                p = p.to(dtype)
+                old_m = gl.convert_layout(m, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
+                m, base = maximum(s, old_m, unit, SINGLE, EMPTY_ROWS, EXACT)
+                s_parts = parts(s, 1 if part == NARROW else HALVES)
                 if HIDE_PAIRS:
-                    p = _hide_pairs(p, mask)
-                p = gl.convert_layout(p, P, assert_trivial=True)
-                mbarrier.wait(v_full, loads & 1)
-                values = v_tile.slice(0, p.shape[1], 0)
-                sums = warpgroup_mma(p, values.slice(0, DV, 1), acc, use_acc=not SINGLE, is_async=True)
+                    mask_parts = parts(mask.broadcast_to(s.shape), HALVES)
+                operands = ()  # of products under way
+                for half in gl.static_range(1 if part == NARROW else HALVES):
+                    p, sums = weights(s_parts[half], base, unit, L, EXACT)
+                    if half:
+                        l += sums
+                    else:
+                        alpha = factor(old_m, base, EXACT)
+                        l = sums if SINGLE else times(l, alpha) + sums  # noqa: E741
+                        if not SINGLE:
+                            acc = times(acc, alpha)
+                            if MORE_DV:
+                                more_acc = times(more_acc, alpha)
+                            if BIAS:
+                                weight = times(weight, alpha)
+                    p = p.to(dtype)
+                    if HIDE_PAIRS:
+                        p = _hide_pairs(p, mask_parts[half])
+                    if STAYS and half == 0:
+                        mbarrier.wait(v_full, loads & 1)
+                        mbarrier.expect(v_full, V_BYTES, pred=refill)
+                    p = gl.convert_layout(p, P, assert_trivial=True)
+                    values = v_tile.slice(half * p.shape[1], p.shape[1], 0)
+                    acc = warpgroup_mma(p, values.slice(0, DV, 1), acc, use_acc=half > 0 or not SINGLE, is_async=True)
+                    operands = operands + (p,)
+                    if BIAS:
+                        # Their sum as a product with ones: an addition less for each score, and the weights as they
+                        # were rounded, all the same way where a row has nothing but fp16's lowest number.
+                        sum_p = gl.convert_layout(p, SUM_P, assert_trivial=True)
+                        weight = warpgroup_mma(
+                            sum_p, ones.slice(0, p.shape[1], 0), weight, use_acc=half > 0 or not SINGLE, is_async=True
+                        )
+                        operands = operands + (sum_p,)
+                    if MORE_DV:
+                        more_p = gl.convert_layout(p, MORE_P, assert_trivial=True)
+                        more_values = values.slice(DV, MORE_DV, 1)
+                        more_acc = warpgroup_mma(
+                            more_p, more_values, more_acc, use_acc=half > 0 or not SINGLE, is_async=True
+                        )
+                        operands = operands + (more_p,)
+                m = gl.convert_layout(m, gl.SliceLayout(1, S), assert_trivial=True)
+                acc = warpgroup_mma_wait(0, deps=(acc,) + operands)[0]
                 if BIAS:
-                    # Their sum as a product with ones: an addition less for each score, and the weights as they were
-                    # rounded, all the same way where a row has nothing but fp16's lowest number.
-                    if not SINGLE:
-                        weight = times(weight, alpha)
-                    sum_p = gl.convert_layout(p, SUM_P, assert_trivial=True)
-                    weight = warpgroup_mma(sum_p, ones, weight, use_acc=not SINGLE, is_async=True)
+                    weight = warpgroup_mma_wait(0, deps=(weight,) + operands)[0]
                 if MORE_DV:
-                    more_p = gl.convert_layout(p, MORE_P, assert_trivial=True)
-                    more_sums = warpgroup_mma(
-                        more_p, values.slice(DV, MORE_DV, 1), more_acc, use_acc=not SINGLE, is_async=True
-                    )
-                    acc, more_acc, p, more_p = warpgroup_mma_wait(0, deps=(sums, more_sums, p, more_p))
-                else:
-                    acc, p = warpgroup_mma_wait(0, deps=(sums, p))
-                if BIAS:
-                    weight, sum_p = warpgroup_mma_wait(0, deps=(weight, sum_p))
-                if PERSISTENT or not SINGLE:
-                    mbarrier.expect(v_full, V_BYTES, pred=refill)
-                    block_barrier()  # every warp's product has read v
-                    _load(v_desc, load_batch, load_head, first_k, length, longest_k, load_key, v_full, v_box, refill)
+                    more_acc = warpgroup_mma_wait(0, deps=(more_acc,) + operands)[0]
                 loads += 1
 
         if LATE:
@@ -549,5 +598,6 @@ def attention_forward(
         row_tile, head, batch = next_row_tile, next_head, next_batch
         if PERSISTENT and seqused_k is not None:
             seqlen_k = next_seqlen_k
+            length = gl.maximum(seqlen_k, 1)
         turn += 1
     tma.store_wait(0)

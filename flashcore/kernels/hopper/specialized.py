@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention import LN2, divide, hide, mean, softmax, times
+from .attention import LN2, divide, factor, hide, maximum, mean, parts, times, weights
 from .compat import aggregate, tma_load, tma_store
 
 
@@ -175,11 +175,8 @@ def _scores(q_tile, keys, turn, S: gl.constexpr):
 
 
 @gluon.jit
-def _weights(
-    s, m, l, tile, row, qk_scale, work, dtype: gl.constexpr, FIRST: gl.constexpr, EVEN_N: gl.constexpr,
-    NEGATE: gl.constexpr,
-):  # fmt: skip
-    """A tile's scores -> its weights in `dtype`, the running maximum m and sum l with them, and acc's new factor."""
+def _visible(s, tile, row, work, EVEN_N: gl.constexpr, NEGATE: gl.constexpr):
+    """A tile's scores, -inf where a row does not see the key."""
     columns: gl.constexpr = s.shape[1]
     if NEGATE:
         s = -s
@@ -190,8 +187,20 @@ def _weights(
             visible = gl.minimum(visible, row + shift + 1)
         if (tile + 1) * columns > visible:
             s = hide(s, row, tile * columns, work.seqlen_k, shift, None, None, work.CAUSAL)
-    p, m, l, alpha = softmax(s, m, l, qk_scale, FIRST, False, False)
-    return p.to(dtype), m, l, alpha
+    return s
+
+
+@gluon.jit
+def _softmax(s, m, l, qk_scale, FIRST: gl.constexpr):
+    """Scores of one tile -> weights in fp32, the running maximum m and sum l with it, and what the output so far is to
+    be multiplied by (nothing to multiply when FIRST).
+    """
+    L: gl.constexpr = l.type.layout
+    new_m, base = maximum(s, m, qk_scale, FIRST, False, False)
+    p, sums = weights(s, base, qk_scale, L, False)
+    alpha = factor(m, base, False)
+    l = sums if FIRST else times(l, alpha) + sums  # noqa: E741
+    return p, new_m, l, alpha
 
 
 @gluon.jit
@@ -199,15 +208,30 @@ def _in_turn(
     q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S: gl.constexpr, P: gl.constexpr,
     dtype: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
 ):  # fmt: skip
+    """PV of a tile's first keys runs under the softmax of its last ones."""
+    HALF: gl.constexpr = work.BLOCK_N // 2
+    L: gl.constexpr = l.type.layout
     for tile in range(tiles):
         keys.wait(loads)
         s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads, S),))
         keys.free(loads)
-        p, m, l, alpha = _weights(s, m, l, tile, row, qk_scale, work, dtype, False, EVEN_N, NEGATE)
+        s = _visible(s, tile, row, work, EVEN_N, NEGATE)
+        new_m, base = maximum(s, m, qk_scale, False, False, False)
+        first, last = parts(s, 2)
+        p, sums = weights(first, base, qk_scale, L, False)
+        alpha = factor(m, base, False)
+        m = new_m
+        l = times(l, alpha) + sums  # noqa: E741
         acc = times(acc, alpha)
-        p = gl.convert_layout(p, P, assert_trivial=True)
+        p = gl.convert_layout(p.to(dtype), P, assert_trivial=True)
         values.wait(loads)
-        acc, p = warpgroup_mma_wait(0, deps=(warpgroup_mma(p, values.tile(loads), acc, is_async=True), p))
+        v_tile = values.tile(loads)
+        acc = warpgroup_mma(p, v_tile.slice(0, HALF, 0), acc, is_async=True)
+        last_p, sums = weights(last, base, qk_scale, L, False)
+        l += sums
+        last_p = gl.convert_layout(last_p.to(dtype), P, assert_trivial=True)
+        acc = warpgroup_mma(last_p, v_tile.slice(HALF, HALF, 0), acc, is_async=True)
+        acc, p, last_p = warpgroup_mma_wait(0, deps=(acc, p, last_p))
         values.free(loads)
         loads += 1
     return acc, m, l
@@ -221,8 +245,9 @@ def _overlapped(
     keys.wait(loads)
     s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads, S),))
     keys.free(loads)
-    p, m, l, alpha = _weights(s, m, l, 0, row, qk_scale, work, dtype, True, EVEN_N, NEGATE)
-    p = gl.convert_layout(p, P, assert_trivial=True)
+    s = _visible(s, 0, row, work, EVEN_N, NEGATE)
+    p, m, l, alpha = _softmax(s, m, l, qk_scale, True)
+    p = gl.convert_layout(p.to(dtype), P, assert_trivial=True)
     keys.wait(loads + 1, tiles > 1)
     for tile in range(1, tiles):
         scores = _scores(q_tile, keys, loads + 1, S)
@@ -230,7 +255,9 @@ def _overlapped(
         sums = warpgroup_mma(p, values.tile(loads), acc, is_async=True)
         s = warpgroup_mma_wait(1, deps=(scores,))
         keys.free(loads + 1)
-        next_p, m, l, alpha = _weights(s, m, l, tile, row, qk_scale, work, dtype, False, EVEN_N, NEGATE)
+        s = _visible(s, tile, row, work, EVEN_N, NEGATE)
+        next_p, m, l, alpha = _softmax(s, m, l, qk_scale, False)
+        next_p = next_p.to(dtype)
         # Here, not where the next tile is used: without a branch in front of it ptxas moves the wait for the products
         # up, ahead of the softmax that runs under them.
         keys.wait(loads + 2, tile + 1 < tiles)
