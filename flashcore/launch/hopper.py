@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import triton
 from triton.experimental.gluon import language as gl
 
 from flashcore.core.config import Config
@@ -32,6 +33,7 @@ _OPTIONAL = (  # parameters that are None where the problem does not use them
     "right",
 )  # fmt: skip
 _BARRIERS, _BARRIERS_OF_WARPGROUPS = 64, 512  # bytes, rounded up
+_SPILLING = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)  # its assembler needs some registers more
 _TYPES = {
     torch.float16: ("fp16", gl.float16), torch.bfloat16: ("bf16", gl.bfloat16), torch.float32: ("fp32", gl.float32),
     torch.bool: ("i8", gl.int8),
@@ -182,13 +184,17 @@ def _wide_ends(p: Problem, block_n: int) -> bool:
 def _halves(p: Problem, config: Config) -> int:
     """2 where PV of a tile's first keys shall run under the softmax of its last ones, which shortens what a block takes
     for a tile; 1 where tiles are many or short (D = 32), since other blocks then fill its waits and the order only
-    costs, and for one pass with a diagonal, which has no registers for it.
+    costs, and where registers do not suffice for it.
     """
+    one_pass = p.seqlen_k <= config.block_n
+    dim = max(p.head_dim, p.head_dim_v)
+    if p.is_causal and (one_pass or p.packed or (p.return_lse and dim > 64)):
+        return 1
     if p.mask is not None:
-        return 2
-    if p.seqlen_k <= config.block_n:
-        return 1 if p.is_causal else 2
-    return 2 if max(p.head_dim, p.head_dim_v) > 32 and (p.is_causal or p.seqlen_k <= 1024) else 1
+        return 1 if _SPILLING or (one_pass and p.mask.dtype == torch.bool) else 2
+    if one_pass:
+        return 1 if _SPILLING else 2
+    return 2 if dim > 32 and (p.is_causal or p.seqlen_k <= 1024) else 1
 
 
 def _sorted(p: Problem, config: Config, items: int, target: Target) -> int:

@@ -142,7 +142,7 @@ _HOPPER: dict[int, tuple[tuple[_Tile, ...], ...]] = {
          ((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128), (64, 128, 4, 168)),
          ((64, 64, 4, 96), (64, 128, 4, 168))),
     64: (((64, 128, 4, 128), (128, 128, 8, 128), (64, 64, 4, 96), (64, 256, 4, 255)),
-         ((64, 64, 4, 96), (64, 128, 4, 128), (64, 128, 4, 168)),
+         ((64, 64, 4, 96), (64, 128, 4, 168)),
          ((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128), (64, 64, 4, 128), (64, 128, 4, 168)),
          ((64, 64, 4, 128), (64, 128, 4, 168), (128, 64, 8, 128))),
     96: (((128, 64, 8, 128), (64, 64, 4, 128), (64, 128, 4, 168)),
@@ -237,7 +237,7 @@ def _specialized(problem: Problem) -> tuple[Config, ...]:
     if p.is_causal and p.seqlen_q > p.seqlen_k:
         return ()  # rows that see no key
     three, two = (Config("hopper", m, 128, m // 16, 2, "specialized", r) for m, r in ((192, 160), (128, 240)))
-    return (two,) if p.is_causal else (three, two)
+    return (two,) if p.is_causal or p.seqlen_k % three.block_n else (three, two)
 
 
 def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
@@ -269,10 +269,8 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
             continue  # nothing but one pass without a mask fits
         if schedule and (single or not _counts(problem, m)):
             continue
-        if schedule and registers == 128 and (
-            (problem.is_causal and dim > 80) or (fitting is tailed and dim > 32 and n == 128)
-        ):
-            continue  # a diagonal or narrow tiles together with the next item spill
+        if schedule and problem.is_causal and dim > 80 and registers == 128:
+            continue  # the diagonal and the next item together spill
         configs.append(Config("hopper", m, n, warps, 1, schedule, registers))
     return (*configs, *_specialized(problem))
 

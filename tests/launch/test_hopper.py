@@ -348,12 +348,18 @@ def test_the_end_of_few_tiles_may_be_a_wide_one(seqlen: int, wide: bool) -> None
         assert not bind(dataclasses.replace(asked, **change), config).constexprs["ENDS"]
 
 
+def test_many_tiles_are_computed_in_one_order_however_many() -> None:
+    few, many = problem(seqlen=1024), problem(seqlen=1152)
+    assert compiled.identity(bind(few, FLAT)) != compiled.identity(bind(many, FLAT))
+    assert compiled.identity(bind(problem(seqlen=4096), FLAT)) == compiled.identity(bind(many, FLAT))
+
+
 def test_lengths_and_addresses_are_no_part_of_the_code() -> None:
     asked = problem(8)
     for config, change in product(
         (FLAT, STAYS),
         (
-            {"seqlen_q": 1024, "seqlen_k": 2048}, {"batch": 7}, {"heads_q": 16, "heads_kv": 16},
+            {"seqlen_q": 2048, "seqlen_k": 1024}, {"batch": 7}, {"heads_q": 16, "heads_kv": 16},
             {"stride_q": (8, 16, 24), "stride_o": (2**38, 2**38, 64)},
         ),
     ):  # fmt: skip
