@@ -106,7 +106,8 @@ def _walls(where: str, entries: Sequence[Record]) -> Iterator[str]:
         cycles, rate = (beside.get((clock, *named)) for clock in ("elapsed", "frequency"))
         *subject, mean, difference, largest, verdict = _timing_row(wall)
         if cycles and not cycles["even"]:
-            verdict += ", **elapsed cycles differ**" if cycles["gated"] else ", elapsed cycles differ"
+            missed = cycles["gated"] and not cycles["ok"]
+            verdict += ", **elapsed cycles differ**" if missed else ", elapsed cycles differ"
         if lost := sum(wall.get("dropped", ())):
             verdict += f", {lost:,} readings dropped"
         if slow := sum(wall.get("slow", ())):
@@ -169,7 +170,8 @@ def _timing_row(entry: Record) -> tuple[str, ...]:
     elif entry.get("explained"):
         verdict = elapsed.VERDICT
     else:
-        verdict = "**differs**" if entry["gated"] else "differs, no gate"
+        within = entry.get("bound_only") and entry["ok"]
+        verdict = "differs, no gate" if not entry["gated"] else "differs, within ±0.1%" if within else "**differs**"
     if held := machine.throttled(entry.get("gpu_states", ())):
         verdict += f", clock held back by {', '.join(held)}"
     return (

@@ -57,9 +57,9 @@ CONTROLS: dict[str, dict[str, Mutant]] = {
         "rescale": Mutant(
             "conditional rescale, hopper",
             _HOPPER,
-            "                    acc = times(acc, alpha)\n",
-            """                    if gl.min(alpha, 0) < 0.00390625:
-                        acc = times(acc, alpha)
+            "                            acc = times(acc, alpha)\n",
+            """                            if gl.min(alpha, 0) < 0.00390625:
+                                acc = times(acc, alpha)
 """,
         ),
         "specialized rescale": Mutant(

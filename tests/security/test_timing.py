@@ -420,6 +420,8 @@ def test_rows_say_what_they_are() -> None:
     assert "even" in timing.row("cases", entry(even=True))
     assert "DIFFERS" in timing.row("cases", entry(even=False))
     assert "no gate" in timing.row("cases", entry(even=False, gated=False))
+    assert "within ±0.1%" in timing.row("cases", entry(even=False, bound_only=True))
+    assert "DIFFERS" in timing.row("cases", entry(even=False, bound_only=True, ok=False))
     assert "MISSED" in timing.row("controls", entry(ok=False, control="rescale"))
     assert "batch of 8" in timing.row("batch", entry(batch=8, even=True))
     assert timing.row("cases", entry(even=True)).endswith("even")
@@ -524,7 +526,8 @@ def test_a_whole_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert seen("cases")[10:] == seen("full") == [(c, k, p) for k in kernels for p in PAIRS for c in clocks]
     wall, cycles, rate = record["cases"][10:13]
     assert (wall["explained"], wall["dropped"], wall["moved"]) == (False, [0, 0], False)
-    assert cycles["gated"] and cycles["ok"] == cycles["even"] and 190_000 < cycles["mean"] < 210_000
+    assert cycles["gated"] and cycles["bound_only"] and cycles["ok"] == cycles["bounded"]
+    assert 190_000 < cycles["mean"] < 210_000
     assert not rate["gated"] and rate["ok"] and rate["mean"] == pytest.approx(2000, rel=1e-3) and rate["step_ns"] == 1
     assert all(each["gated"] == (each["clock"] != "frequency") for each in record["cases"]), "every pair, zeros too"
     assert not any(each["gated"] for each in record["full"])
@@ -545,6 +548,20 @@ def test_a_whole_run(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(TimeoutError):
         late.everything(batch=False)
     assert not late.record["complete"] and not timing.passed(late.record)
+
+
+def test_of_zeros_and_of_elapsed_cycles_a_bound_alone_is_asked() -> None:
+    def of(difference: float) -> leakage.Leak:
+        times = [1000.0 + i * 7919 % 997 / 200 + difference * (i % 2) for i in range(4000)]
+        return leakage.compare([times], [[i % 2 == 1 for i in range(4000)]], replays=True)
+
+    leak, wide = of(0.5), of(5.0)
+    assert leak.bounded and leak.largest_t > leakage.T_LIMIT and not leak.even and not wide.bounded
+    for clock, pair, bound in (
+        ("wall", "zeros/random", True), ("elapsed", "rising/falling", True), ("wall", "nan/finite", False),
+    ):  # fmt: skip
+        assert timing._gate(clock, pair, leak, True) == {"gated": True, "bound_only": bound, "ok": bound}
+        assert not timing._gate(clock, pair, wide, True)["ok"] and timing._gate(clock, pair, wide, False)["ok"]
 
 
 @pytest.mark.usefixtures("stands")
