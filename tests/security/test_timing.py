@@ -550,20 +550,6 @@ def test_a_whole_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert not late.record["complete"] and not timing.passed(late.record)
 
 
-def test_of_zeros_and_of_elapsed_cycles_a_bound_alone_is_asked() -> None:
-    def of(difference: float) -> leakage.Leak:
-        times = [1000.0 + i * 7919 % 997 / 200 + difference * (i % 2) for i in range(4000)]
-        return leakage.compare([times], [[i % 2 == 1 for i in range(4000)]], replays=True)
-
-    leak, wide = of(0.5), of(5.0)
-    assert leak.bounded and leak.largest_t > leakage.T_LIMIT and not leak.even and not wide.bounded
-    for clock, pair, bound in (
-        ("wall", "zeros/random", True), ("elapsed", "rising/falling", True), ("wall", "nan/finite", False),
-    ):  # fmt: skip
-        assert timing._gate(clock, pair, leak, True) == {"gated": True, "bound_only": bound, "ok": bound}
-        assert not timing._gate(clock, pair, wide, True)["ok"] and timing._gate(clock, pair, wide, False)["ok"]
-
-
 @pytest.mark.usefixtures("stands")
 def test_wall_time_that_differs_on_few_blocks_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stand, "MORE", {QUIET: 1.003})

@@ -212,6 +212,13 @@ def _row_sums(p, layout: gl.constexpr):
 
 
 @gluon.jit
+def _product(p, values, acc, layout: gl.constexpr, FIRST: gl.constexpr):
+    """acc + p values, p values alone if FIRST; a promise, to be waited for, and what is read meanwhile."""
+    p = gl.convert_layout(p, gl.DotOperandLayout(0, layout, 2), assert_trivial=True)
+    return warpgroup_mma(p, values, acc, use_acc=not FIRST, is_async=True), p
+
+
+@gluon.jit
 def times(x, row):
     """Each row of x times that row's factor."""
     layout: gl.constexpr = x.type.layout
@@ -305,10 +312,7 @@ def attention_forward(
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DV, 16])  # noqa: E741
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, 8, 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    SUM_P: gl.constexpr = gl.DotOperandLayout(0, L, 2)
     MORE_O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, MORE_DV, 16])
-    MORE_P: gl.constexpr = gl.DotOperandLayout(0, MORE_O, 2)
     BIAS: gl.constexpr = mask_desc is not None and mask_desc.dtype != gl.int8
     EXACT: gl.constexpr = BIAS and mask_desc.dtype != gl.float16
     HIDE_PAIRS: gl.constexpr = BIAS and lse is None and mask_desc.dtype != gl.float32
@@ -543,25 +547,18 @@ def attention_forward(
                     if STAYS and half == 0:
                         mbarrier.wait(v_full, loads & 1)
                         mbarrier.expect(v_full, V_BYTES, pred=refill)
-                    p = gl.convert_layout(p, P, assert_trivial=True)
                     values = v_tile.slice(half * p.shape[1], p.shape[1], 0)
-                    acc = warpgroup_mma(p, values.slice(0, DV, 1), acc, use_acc=half > 0 or not SINGLE, is_async=True)
-                    operands = operands + (p,)
+                    acc, read = _product(p, values.slice(0, DV, 1), acc, O, SINGLE and half == 0)
+                    operands = operands + (read,)
                     if BIAS:
                         # Their sum as a product with ones: an addition less for each score, and the weights as they
                         # were rounded, all the same way where a row has nothing but fp16's lowest number.
-                        sum_p = gl.convert_layout(p, SUM_P, assert_trivial=True)
-                        weight = warpgroup_mma(
-                            sum_p, ones.slice(0, p.shape[1], 0), weight, use_acc=half > 0 or not SINGLE, is_async=True
-                        )
-                        operands = operands + (sum_p,)
+                        weight, read = _product(p, ones.slice(0, p.shape[1], 0), weight, L, SINGLE and half == 0)
+                        operands = operands + (read,)
                     if MORE_DV:
-                        more_p = gl.convert_layout(p, MORE_P, assert_trivial=True)
-                        more_values = values.slice(DV, MORE_DV, 1)
-                        more_acc = warpgroup_mma(
-                            more_p, more_values, more_acc, use_acc=half > 0 or not SINGLE, is_async=True
-                        )
-                        operands = operands + (more_p,)
+                        rest = values.slice(DV, MORE_DV, 1)
+                        more_acc, read = _product(p, rest, more_acc, MORE_O, SINGLE and half == 0)
+                        operands = operands + (read,)
                 m = gl.convert_layout(m, gl.SliceLayout(1, S), assert_trivial=True)
                 acc = warpgroup_mma_wait(0, deps=(acc,) + operands)[0]
                 if BIAS:
