@@ -6,11 +6,9 @@ registers (126 at 64x128 and D=64) for four blocks to fit, which hides more than
 docs/design/hopper-log.md has the measurements.
 
 Loads run half a tile ahead: K's buffer is free once the scores are there and is refilled during softmax and PV; V's is
-asked for once QK is under way, behind the barrier that QK has in front of it anyway, and filled during QK and softmax.
-A persistent block carries on over its items, so the next item's Q, K and V load while this one finishes.
-
-With HALVES the last half of a tile's softmax runs while PV of the first one is under way: where few other blocks hide a
-block's own waiting, or it has but few tiles.
+asked for once QK is under way, behind the barrier in front of it, and filled during QK and softmax. A persistent block
+carries on over its items, so the next item's Q and K load while this one finishes. With HALVES the last half of a
+tile's softmax runs while PV of the first one is under way.
 
 No branch and no address depends on a value of q, k or v: the accumulator is rescaled at every tile.
 """
@@ -321,6 +319,9 @@ def attention_forward(
     PARTS: gl.constexpr = 3 if ENDS else 2 if TAIL else 1
     NARROW: gl.constexpr = PARTS - 1 if TAIL else PARTS  # the part of narrow tiles, if any
     STAYS: gl.constexpr = PERSISTENT or not SINGLE  # for more than one tile
+    SHORT: gl.constexpr = STAYS and BLOCK_N <= 64 and BLOCK_D <= 64  # tiles whose QK is too short to load V under it
+    # Asks once too often, beyond the end: for a condition each warp makes the descriptor's address anew in every tile.
+    ALWAYS: gl.constexpr = STAYS and not PERSISTENT and not RAGGED and PARTS == 1 and mask_desc is None
     ONE_ITEM: gl.constexpr = not PERSISTENT and cu_seqlens_q is None and (mask_desc is None or BLOCK_N > 64)
 
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -363,12 +364,10 @@ def attention_forward(
     if mask_desc is not None:
         mbarrier.expect(mask_full, MASK_BYTES)
     if PERSISTENT:
-        first = gl.program_id(0)
-        step = gl.num_programs(0)
+        first, step = gl.program_id(0), gl.num_programs(0)
         row_tile, head, batch = _item(first, row_tiles, per_row_tiles, heads, per_heads, pairs, per_pairs, CAUSAL)
     else:
-        first = 0
-        step = 1
+        first, step = 0, 1
         if CAUSAL:
             row_tile = row_tiles - 1 - gl.program_id(1)
             head = gl.program_id(0)
@@ -415,9 +414,8 @@ def attention_forward(
 
     loads = 0  # of K, and of V; their parity is the phase of the barriers
     turn = 0
-    # A block that takes one item says so: else what follows the loop over key tiles, narrow tiles, the output and lse,
-    # has what it computes from the thread alone kept in registers across that loop, which has none left. (With a mask
-    # the compiler then needs more instead.)
+    # A block that takes one item says so: else what follows the loop over key tiles has what it computes from the
+    # thread alone kept in registers across that loop, which has none left. (With a mask the compiler needs more then.)
     for index in range(first, 1 if ONE_ITEM else items, step):
         row = row_tile * BLOCK_M
         if seqused_k is not None:
@@ -465,26 +463,24 @@ def attention_forward(
             start = wide if part == NARROW else whole if part else first_tile
             stop = first_tile + 1 if SINGLE else tiles if part == NARROW else wide if part else whole
             for tile in range(start, stop):
-                if TAIL and part == 0:  # a narrow one follows
+                key = wide * BLOCK_N + (tile - wide) * TAIL if part == NARROW else tile * BLOCK_N
+                load_key = key + TAIL if part == NARROW else (tile + 1) * BLOCK_N
+                if ALWAYS or (TAIL and part == 0):  # a narrow one follows
                     last, refill, load_batch, load_head = False, True, batch, head // GROUP
                 else:
                     last = tile + 1 == tiles
                     refill = more | (tile + 1 < tiles)
                     load_batch = gl.where(last, next_batch, batch)
                     load_head = gl.where(last, next_head, head) // GROUP
-                key = wide * BLOCK_N + (tile - wide) * TAIL if part == NARROW else tile * BLOCK_N
-                if TAIL and part == 0:
-                    load_key = (tile + 1) * BLOCK_N
-                else:
-                    load_key = gl.where(last, 0, key + TAIL if part == NARROW else (tile + 1) * BLOCK_N)
-                load_length = length
+                    load_key = gl.where(last, 0, load_key)
+                load_rows = length
                 if PERSISTENT and seqused_k is not None:
-                    load_length = gl.maximum(gl.where(last, next_seqlen_k, seqlen_k), 1)
+                    load_rows = gl.maximum(gl.where(last, next_seqlen_k, seqlen_k), 1)
                 mbarrier.wait(k_full, loads & 1)
-                if STAYS:
+                if STAYS and not SHORT:
                     block_barrier()  # every warp's product has read v
                 scores = _scores(q_tile, k_tile, TAIL if part == NARROW else BLOCK_N, D, MORE_D, WARPS)
-                if STAYS:
+                if STAYS and not SHORT:
                     _load(v_desc, batch, head // GROUP, first_k, length, longest_k, key, v_full, v_box, loads > 0)
                 if mask_desc is not None:
                     mbarrier.wait(mask_full, loads & 1)
@@ -497,9 +493,7 @@ def attention_forward(
                     if PERSISTENT:
                         mbarrier.expect(q_full, Q_BYTES, pred=last & more)
                     block_barrier()  # every warp's product has read k, and q; every warp the mask
-                    _load(
-                        k_desc, load_batch, load_head, first_k, load_length, longest_k, load_key, k_full, k_box, refill
-                    )
+                    _load(k_desc, load_batch, load_head, first_k, load_rows, longest_k, load_key, k_full, k_box, refill)
                     if mask_desc is not None:
                         mask_row = gl.where(last, next_row_tile, row_tile) * BLOCK_M if MASK_ROWS > 1 else 0
                         mask_head = gl.where(last, next_head, head) * MASK_H
@@ -565,8 +559,15 @@ def attention_forward(
                     weight = warpgroup_mma_wait(0, deps=(weight,) + operands)[0]
                 if MORE_DV:
                     more_acc = warpgroup_mma_wait(0, deps=(more_acc,) + operands)[0]
+                if SHORT:
+                    block_barrier()  # every warp's product has read v
+                    _load(v_desc, load_batch, load_head, first_k, load_rows, longest_k, load_key, v_full, v_box, refill)
                 loads += 1
 
+        if ALWAYS:  # nothing may arrive behind a block's end
+            mbarrier.wait(k_full, loads & 1)
+            if SHORT:
+                mbarrier.wait(v_full, loads & 1)
         if LATE:
             if not more:
                 gdc_launch_dependents()
@@ -590,8 +591,7 @@ def attention_forward(
                 base = head.to(gl.int64) * total_q + first_q
             else:
                 base = (batch.to(gl.int64) * heads + head) * seqlen_q
-            top = m if EXACT else m * LN2
-            gl.store(lse + base + rows, top + gl.log(total), mask=rows < seqlen_q)
+            gl.store(lse + base + rows, (m if EXACT else m * LN2) + gl.log(total), mask=rows < seqlen_q)
         row_tile, head, batch = next_row_tile, next_head, next_batch
         if PERSISTENT and seqused_k is not None:
             seqlen_k = next_seqlen_k
