@@ -319,9 +319,9 @@ def attention_forward(
     PARTS: gl.constexpr = 3 if ENDS else 2 if TAIL else 1
     NARROW: gl.constexpr = PARTS - 1 if TAIL else PARTS  # the part of narrow tiles, if any
     STAYS: gl.constexpr = PERSISTENT or not SINGLE  # for more than one tile
-    SHORT: gl.constexpr = STAYS and BLOCK_N <= 64 and BLOCK_D <= 64  # tiles whose QK is too short to load V under it
+    SHORT: gl.constexpr = STAYS and not BIAS and BLOCK_N <= 64 and BLOCK_D <= 64  # tiles whose QK is too short to load V under it
     # Asks once too often, beyond the end: for a condition each warp makes the descriptor's address anew in every tile.
-    ALWAYS: gl.constexpr = STAYS and not PERSISTENT and not RAGGED and PARTS == 1 and mask_desc is None
+    ALWAYS: gl.constexpr = HALVES == 1 and BLOCK_D > 32 and STAYS and not PERSISTENT and not RAGGED and PARTS == 1
     ONE_ITEM: gl.constexpr = not PERSISTENT and cu_seqlens_q is None and (mask_desc is None or BLOCK_N > 64)
 
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
