@@ -319,9 +319,10 @@ def attention_forward(
     PARTS: gl.constexpr = 3 if ENDS else 2 if TAIL else 1
     NARROW: gl.constexpr = PARTS - 1 if TAIL else PARTS  # the part of narrow tiles, if any
     STAYS: gl.constexpr = PERSISTENT or not SINGLE  # for more than one tile
-    SHORT: gl.constexpr = STAYS and not BIAS and BLOCK_N <= 64 and BLOCK_D <= 64  # tiles whose QK is too short to load V under it
-    # Asks once too often, beyond the end: for a condition each warp makes the descriptor's address anew in every tile.
-    ALWAYS: gl.constexpr = HALVES == 1 and BLOCK_D > 32 and STAYS and not PERSISTENT and not RAGGED and PARTS == 1
+    SHORT: gl.constexpr = STAYS and not BIAS and BLOCK_N <= 64 and BLOCK_D <= 64  # QK is too short to load V under it
+    # Of many tiles K is asked for once too often, beyond the end: a condition costs each warp an address in every tile.
+    MANY: gl.constexpr = HALVES == 1 and BLOCK_D > 32 and PARTS == 1 and mask_desc is None
+    ALWAYS: gl.constexpr = MANY and not (PERSISTENT or SINGLE or RAGGED)
     ONE_ITEM: gl.constexpr = not PERSISTENT and cu_seqlens_q is None and (mask_desc is None or BLOCK_N > 64)
 
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -496,8 +497,7 @@ def attention_forward(
                     _load(k_desc, load_batch, load_head, first_k, load_rows, longest_k, load_key, k_full, k_box, refill)
                     if mask_desc is not None:
                         mask_row = gl.where(last, next_row_tile, row_tile) * BLOCK_M if MASK_ROWS > 1 else 0
-                        mask_head = gl.where(last, next_head, head) * MASK_H
-                        at = [load_batch * MASK_B, mask_head, mask_row, load_key]
+                        at = [load_batch * MASK_B, gl.where(last, next_head, head) * MASK_H, mask_row, load_key]
                         tma_load(mask_desc, at, mask_full, mask_box, pred=refill)
                     if PERSISTENT:
                         next_row, load_q = next_row_tile * BLOCK_M, last & more
