@@ -321,7 +321,7 @@ def attention_forward(
     STAYS: gl.constexpr = PERSISTENT or not SINGLE  # for more than one tile
     SHORT: gl.constexpr = STAYS and not BIAS and BLOCK_N <= 64 and BLOCK_D <= 64  # QK is too short to load V under it
     # Of many tiles K is asked for once too often, beyond the end: a condition costs each warp an address in every tile.
-    MANY: gl.constexpr = HALVES == 1 and BLOCK_D > 32 and PARTS == 1 and mask_desc is None
+    MANY: gl.constexpr = HALVES == 1 and BLOCK_D > 32 and PARTS == 1 and mask_desc is None and left is None
     ALWAYS: gl.constexpr = MANY and not (PERSISTENT or SINGLE or RAGGED)
     ONE_ITEM: gl.constexpr = not PERSISTENT and cu_seqlens_q is None and (mask_desc is None or BLOCK_N > 64)
 
