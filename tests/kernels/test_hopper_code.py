@@ -344,6 +344,29 @@ def test_all_warps_are_done_with_a_buffer_that_is_filled_again(asked: Problem, c
     assert any(waits[0] < i < first for i in barriers), "the output's buffer may be q's"
 
 
+@pytest.mark.parametrize(
+    ("asked", "config", "always"),
+    [
+        (problem(2048), Config("hopper", 64, 128, 4, 1, "", 128), True),
+        (problem(2048), Config("hopper", 64, 64, 4, 1, "", 96), True),
+        (problem(1024), Config("hopper", 64, 128, 4, 1, "", 128), False),
+        (problem(2048, head_dim=32), Config("hopper", 64, 128, 4, 1, "", 128), False),
+        (problem(2048, is_causal=True), Config("hopper", 64, 128, 4, 1, "", 128), False),
+        (problem(2048, window=(64, 64)), Config("hopper", 64, 64, 4, 1, "", 128), False),
+    ],
+    ids=["many", "many-short", "few", "dim-32", "causal", "window"],
+)
+def test_what_is_asked_for_once_too_often_arrives_before_a_block_ends(
+    asked: Problem, config: Config, always: bool
+) -> None:
+    text = sass(asked, config)
+    last = places(text, r"HGMMA[.\w]*")[-1]
+    (leaves,) = places(text, r"UTMASTG[.\w]*")
+    waits = [i for i in places(text, r"SYNCS\.PHASECHK[.\w]*") if last < i < leaves]
+    short = config.block_n <= 64
+    assert len(waits) == (1 + short if always else 0), "of K, and of V where that is asked for behind PV"
+
+
 # -- warpgroups that share K and V ------------------------------------------------------------------------------
 
 THREE = Config("hopper", 192, 128, 12, 2, "specialized", 160)
