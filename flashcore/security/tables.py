@@ -11,6 +11,7 @@ control writes in place.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -318,11 +319,15 @@ def _alarm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _patience(seconds: float) -> Iterator[None]:
+    collects = gc.isenabled()
+    gc.disable()  # what an alarm raises in a callback of the collector's is lost
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        if collects:
+            gc.enable()
 
 
 def _remove(folder: Path) -> None:
