@@ -106,8 +106,7 @@ def _walls(where: str, entries: Sequence[Record]) -> Iterator[str]:
         cycles, rate = (beside.get((clock, *named)) for clock in ("elapsed", "frequency"))
         *subject, mean, difference, largest, verdict = _timing_row(wall)
         if cycles and not cycles["even"]:
-            missed = cycles["gated"] and not cycles["ok"]
-            verdict += ", **elapsed cycles differ**" if missed else ", elapsed cycles differ"
+            verdict += ", **elapsed cycles differ**" if cycles["gated"] else ", elapsed cycles differ"
         if lost := sum(wall.get("dropped", ())):
             verdict += f", {lost:,} readings dropped"
         if slow := sum(wall.get("slow", ())):
@@ -170,8 +169,7 @@ def _timing_row(entry: Record) -> tuple[str, ...]:
     elif entry.get("explained"):
         verdict = elapsed.VERDICT
     else:
-        within = entry.get("bound_only") and entry["ok"]
-        verdict = "differs, no gate" if not entry["gated"] else "differs, within ±0.1%" if within else "**differs**"
+        verdict = "**differs**" if entry["gated"] else "differs, no gate"
     if held := machine.throttled(entry.get("gpu_states", ())):
         verdict += f", clock held back by {', '.join(held)}"
     return (

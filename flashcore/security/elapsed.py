@@ -93,15 +93,6 @@ def given_away(entries: Sequence[dict[str, Any]]) -> tuple[float, float]:
     return wall, frequency
 
 
-def bound_only(clock: str, pair: str) -> bool:
-    """Whether a gate on few blocks asks for a bound alone, and not that no difference be seen.
-
-    Wall time of zeros and random numbers, which draw current of their own wherever they are computed; and elapsed
-    cycles, part of which pass in waiting for what has another clock.
-    """
-    return clock == "elapsed" or (clock, pair) == ("wall", "zeros/random")
-
-
 def gates(record: dict[str, Any]) -> tuple[int, int, int]:
     """How many gates there are, how many hold, and how many that do not are explained by the clock."""
     gated = [entry for entry in record["cases"] if entry["gated"]]

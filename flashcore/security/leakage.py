@@ -46,16 +46,11 @@ class Leak:
         return max(abs(t) for t in (self.t, *self.cropped.values()))
 
     @property
-    def bounded(self) -> bool:
-        """Whether a difference above the limit is ruled out."""
-        bound = RELATIVE_LIMIT * self.mean
-        fair = sum(self.slow) <= DISTURBED * sum(self.measurements)
-        return fair and -bound <= self.low and self.high <= bound
-
-    @property
     def even(self) -> bool:
         """Whether no difference was seen, and one above the limit is ruled out."""
-        return self.bounded and self.largest_t < T_LIMIT
+        bound = RELATIVE_LIMIT * self.mean
+        fair = sum(self.slow) <= DISTURBED * sum(self.measurements)
+        return fair and self.largest_t < T_LIMIT and -bound <= self.low and self.high <= bound
 
     def as_json(self) -> dict[str, object]:
         """Plain data; differences also relative to the mean."""
@@ -64,7 +59,7 @@ class Leak:
             "largest_t": self.largest_t, "cropped_t": self.cropped, "difference": self.difference,
             "relative": self.relative, "relative_low": self.low / self.mean,
             "relative_high": self.high / self.mean, "needed": self.needed, "slow": list(self.slow),
-            "even": self.even, "bounded": self.bounded,
+            "even": self.even,
         }  # fmt: skip
 
 

@@ -11,9 +11,8 @@ wall    Of the shipped kernel: replays of a CUDA graph of calls that all compute
 
 What the data draw moves the clock of a busy GPU, within microseconds, by far more than the limit: there wall time tells
 of the clock and not of the kernel. So it is compared twice. On few blocks, behind calls that are the same for either
-class, so that neither the current nor what went before depends on the class: that is gated; of zeros, and of elapsed
-cycles, a bound alone is asked (elapsed.bound_only). And over the whole GPU, behind calls of the same class, which shows
-what the clock gives away: that is published.
+class, so that neither the current nor what went before depends on the class: that is gated. And over the whole GPU,
+behind calls of the same class, which shows what the clock gives away: that is published.
 
 The class is no address: for either one the same memory is read and written before the kernel runs (classes.Either), so
 that a time can't depend on where the values came from.
@@ -343,11 +342,11 @@ class Run:
                     "moved": elapsed.moved(walls.readings) > elapsed.MOVED,
                 }
                 part = "cases" if quiet else "full"
-                self._add(part, {**entry, **told, **leak.as_json(), **_gate("wall", name, leak, quiet)})
+                self._add(part, {**entry, **told, **leak.as_json(), "gated": quiet, "ok": leak.even or not quiet})
                 if found is None:
                     continue
                 cycles, rate = ({**entry, "clock": clock, **each.as_json()} for clock, each in found._asdict().items())
-                self._add(part, {**cycles, **_gate("elapsed", name, found.elapsed, quiet)})
+                self._add(part, {**cycles, "gated": quiet, "ok": found.elapsed.even or not quiet})
                 self._add(part, {**rate, "step_ns": elapsed.step(walls.readings), "gated": False, "ok": True})
 
     def _fresh(self, draw: Draw, sizes: Sizes, either: Either, both: Either) -> None:
@@ -424,12 +423,6 @@ def _length(used: Tensor, zero: int, one: int) -> Callable[[bool], object]:
     return lambda is_one: used.fill_(one if is_one else zero)
 
 
-def _gate(clock: str, pair: str, leak: Leak, quiet: bool) -> Record:
-    """What a comparison by wall time or elapsed cycles has to show, and whether it does."""
-    bound = elapsed.bound_only(clock, pair)
-    return {"gated": quiet, "bound_only": bound, "ok": (leak.bounded if bound else leak.even) or not quiet}
-
-
 def _named(config: Config) -> str:
     return " ".join(filter(None, (config.schedule, f"{config.block_m}x{config.block_n}", f"{config.num_warps}w")))
 
@@ -444,8 +437,7 @@ def row(part: str, entry: Record) -> str:
     elif entry.get("explained"):
         verdict = elapsed.VERDICT
     else:
-        held = "differs, within ±0.1%" if entry.get("bound_only") and entry["ok"] else "DIFFERS"
-        verdict = "even" if entry["even"] else held if entry["gated"] else "differs (no gate)"
+        verdict = "even" if entry["even"] else "DIFFERS" if entry["gated"] else "differs (no gate)"
     name = f"{entry['kernel']} {entry['config']}" + (f" + {entry['control']}" if part == "controls" else "")
     percent = [f"{100 * entry[key]:+.4f}" for key in ("relative", "relative_low", "relative_high")]
     return (
@@ -482,7 +474,7 @@ def summary(record: Record) -> list[str]:
     gone, read = (sum(sum(entry[name]) for entry in probed) for name in ("dropped", "measurements"))
     moved = sum(entry["moved"] for entry in probed)
     return [
-        f"{held} of {every} gates hold: the interval within ±0.1%, and |t| < {leakage.T_LIMIT} where that is asked",
+        f"{held} of {every} gates hold: |t| < {leakage.T_LIMIT}, the interval within ±0.1%",
         f"{explained} of the {every - held} others differ by the clock: as many cycles, at another frequency",
         f"{sum(e['ok'] for e in record['controls'])} of {len(record['controls'])} controls caught: |t| > 10",
         f"over the whole GPU, no gate: wall time differs by up to {of_time:.2%}, the frequency by up to {of_clock:.2%}",

@@ -7,7 +7,7 @@ import pytest
 numpy = pytest.importorskip("numpy")
 pytest.importorskip("scipy")
 
-from flashcore.security import leakage, timing  # noqa: E402
+from flashcore.security import leakage  # noqa: E402
 
 
 def simulated(shift: float = 0.0, launches: int = 200, places: int = 1000, seed: int = 0):
@@ -117,17 +117,3 @@ def test_disturbances_of_one_class_or_too_many_of_them_are_not_even() -> None:
     assert one.largest_t > leakage.T_LIMIT and one.slow[0] == 0 and abs(one.relative) < leakage.RELATIVE_LIMIT
     often = leakage.compare(*replays(disturbed=0.03), replays=True)
     assert often.largest_t < leakage.T_LIMIT and not often.even
-
-
-def test_of_zeros_and_of_elapsed_cycles_a_bound_alone_is_asked() -> None:
-    def of(difference: float) -> leakage.Leak:
-        times = [1000.0 + i * 7919 % 997 / 200 + difference * (i % 2) for i in range(4000)]
-        return leakage.compare([times], [[i % 2 == 1 for i in range(4000)]], replays=True)
-
-    leak, wide = of(0.5), of(5.0)
-    assert leak.bounded and leak.largest_t > leakage.T_LIMIT and not leak.even and not wide.bounded
-    for clock, pair, bound in (
-        ("wall", "zeros/random", True), ("elapsed", "rising/falling", True), ("wall", "nan/finite", False),
-    ):  # fmt: skip
-        assert timing._gate(clock, pair, leak, True) == {"gated": True, "bound_only": bound, "ok": bound}
-        assert not timing._gate(clock, pair, wide, True)["ok"] and timing._gate(clock, pair, wide, False)["ok"]

@@ -466,7 +466,7 @@ def attention_forward(
             for tile in range(start, stop):
                 key = wide * BLOCK_N + (tile - wide) * TAIL if part == NARROW else tile * BLOCK_N
                 load_key = key + TAIL if part == NARROW else (tile + 1) * BLOCK_N
-                if ALWAYS or (TAIL and part == 0):  # a narrow one follows
+                if ALWAYS or (TAIL and part == 0):  # a narrow one follows, or K is asked for anyway
                     last, refill, load_batch, load_head = False, True, batch, head // GROUP
                 else:
                     last = tile + 1 == tiles
