@@ -108,19 +108,22 @@ def length_pointers(problem: Problem, block_m: int) -> dict[str, Pointer | Scala
 
 def narrow_tile(problem: Problem, block_n: int) -> int:
     """Keys of the Hopper kernel's narrow tiles, those at a sequence's end or, causal, on the diagonal; the others then
-    need no mask. 0 where it has none.
+    need no mask. A whole tile's where the end alone has a mask without being narrower, 0 where any tile may have one.
     """
     p, rest = problem, problem.seqlen_k % block_n
+    dim = max(p.head_dim, p.head_dim_v)
     if p.seqlen_k <= block_n or p.mask is not None or p.window != (-1, -1):
         return 0
     if p.ragged:  # where they were measured to pay
-        return block_n // 2 if max(p.head_dim, p.head_dim_v) <= 64 and not (p.is_causal and p.seqused_k) else 0
+        return block_n // 2 if dim <= 64 and not (p.is_causal and p.seqused_k) else 0
     if p.is_causal:
         return block_n // 2
     if rest == 0:
         return 0
     width = max(16, 1 << (rest - 1).bit_length())
-    return width if width < block_n else 0
+    if width == block_n and (block_n > 64 or 32 < dim <= 96):
+        return 0  # where two copies of the loop's body cost more registers than the one's condition
+    return width
 
 
 def packed_tiles(problem: Problem, block_m: int) -> int:

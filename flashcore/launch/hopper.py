@@ -95,7 +95,7 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
         "NEGATE": scale < 0, "PERSISTENT": persistent, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         **dict(zip(("D", "MORE_D"), columns(p.head_dim), strict=True)),
         **dict(zip(("DV", "MORE_DV"), columns(p.head_dim_v), strict=True)), "WARPS": config.num_warps,
-        "HALVES": _halves(p, config), "LATE": items > 2 * target.sms, "SORTED": _sorted(p, config, items, target),
+        "SLICES": _slices(p, config), "LATE": items > 2 * target.sms, "SORTED": _sorted(p, config, items, target),
         "MASK_B": int(p.mask is not None and p.mask.strides[0] != 0),
         "MASK_H": int(p.mask is not None and p.mask.strides[1] != 0),
     }  # fmt: skip
@@ -181,20 +181,22 @@ def _wide_ends(p: Problem, block_n: int) -> bool:
     return p.ragged and not p.is_causal and narrow_tile(p, block_n) > 0 and p.seqlen_k <= 4 * block_n
 
 
-def _halves(p: Problem, config: Config) -> int:
-    """2 where PV of a tile's first keys shall run under the softmax of its last ones, which shortens what a block takes
-    for a tile; 1 where tiles are many or short (D = 32), since other blocks then fill its waits and the order only
-    costs, and where registers do not suffice for it.
+def _slices(p: Problem, config: Config) -> int:
+    """In how many slices PV takes the keys of a whole tile: each runs under the softmax of the next one, which shortens
+    what a block takes for a tile. Fewer where tiles are many or short (D = 32), since other blocks then fill its waits
+    and the order only costs, and where registers do not suffice for more.
     """
-    one_pass = p.seqlen_k <= config.block_n
     dim = max(p.head_dim, p.head_dim_v)
-    if p.is_causal and (one_pass or p.packed or (p.return_lse and dim > 64)):
-        return 1
+    one_pass, many = p.seqlen_k <= config.block_n, p.seqlen_k > 1024
     if p.mask is not None:
         return 1 if _SPILLING or (one_pass and p.mask.dtype == torch.bool) else 2
+    if p.is_causal:
+        return 1 if one_pass or p.packed or (p.return_lse and dim > 64) else 4 if 32 < dim <= 64 else 2
     if one_pass:
-        return 1 if _SPILLING else 2
-    return 2 if dim > 32 and (p.is_causal or p.seqlen_k <= 1024) else 1
+        return 1 if _SPILLING else 2 if dim <= 32 or p.return_lse else 4
+    if p.options or config.schedule or (dim <= 64 and narrow_tile(p, config.block_n)):
+        return 1 if many or dim <= 32 else 2
+    return 1 if many and dim <= 32 else 4
 
 
 def _sorted(p: Problem, config: Config, items: int, target: Target) -> int:

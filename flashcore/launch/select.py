@@ -150,7 +150,7 @@ _HOPPER: dict[int, tuple[tuple[_Tile, ...], ...]] = {
          ((128, 64, 8, 128), (64, 64, 4, 128), (64, 128, 4, 168)),
          ((128, 64, 8, 128), (64, 64, 4, 128), (64, 128, 4, 255))),
     128: (((64, 64, 4, 168), (64, 128, 4, 255), (128, 128, 8, 255), (64, 64, 4, 128)),
-          ((64, 64, 4, 168), (64, 128, 4, 255)),
+          ((64, 64, 4, 128), (64, 128, 4, 255)),
           ((64, 64, 4, 128), (64, 128, 4, 168), (64, 64, 4, 168), (64, 128, 4, 255)),
           ((64, 64, 4, 168), (64, 128, 4, 255), (128, 128, 8, 255))),
 }  # fmt: skip
@@ -269,8 +269,8 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
             continue  # nothing but one pass without a mask fits
         if schedule and (single or not _counts(problem, m)):
             continue
-        if schedule and problem.is_causal and dim > 80 and registers == 128:
-            continue  # the diagonal and the next item together spill
+        if schedule and dim > 80 and registers == 128 and (problem.is_causal or (dim > 96 and problem.seqlen_k % n)):
+            continue  # narrow tiles and the next item together spill
         configs.append(Config("hopper", m, n, warps, 1, schedule, registers))
     return (*configs, *_specialized(problem))
 

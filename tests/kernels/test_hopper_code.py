@@ -273,16 +273,20 @@ def test_the_set_up_overlaps_with_the_kernel_before(asked: Problem, config: Conf
         assert loads[2] < launches < products[0]
 
 
-def halves(asked: Problem, config: Config) -> bool:
-    return bool(hopper.bind(asked, config, 0.125, H100).constexprs["HALVES"] == 2)
+def slices(asked: Problem, config: Config) -> int:
+    return int(hopper.bind(asked, config, 0.125, H100).constexprs["SLICES"])
 
 
-def test_products_in_halves_are_for_few_tiles() -> None:
+def test_products_are_in_more_slices_where_tiles_are_few() -> None:
     small, stays = Config("hopper", 64, 64, 4, 1, "", 128), Config("hopper", 64, 128, 4, 1, "persistent", 128)
-    assert halves(problem(1024), stays) and not halves(problem(2048), stays) and not halves(problem(512, 32), small)
-    assert halves(problem(2048, is_causal=True), small) and not halves(problem(64, is_causal=True), small)
-    for one_pass_or_mask in (problem(64), problem(64, 32), problem(512, 32, mask=BIAS)):
-        assert halves(one_pass_or_mask, small) != NEWEST
+    assert [slices(problem(n), small) for n in (1024, 2048)] == [4, 4]
+    assert [slices(problem(n, 32), small) for n in (1024, 2048)] == [4, 1]
+    assert [slices(problem(n), stays) for n in (1024, 2048)] == [2, 1]
+    assert [slices(problem(n), small) for n in (976, 2000)] == [2, 1], "narrow tiles take registers"
+    assert [slices(problem(2048, dim, is_causal=True), small) for dim in (32, 64, 128)] == [2, 4, 2]
+    assert slices(problem(64, is_causal=True), small) == 1
+    one_pass_or_mask = problem(64), problem(64, 32), problem(512, 32, mask=BIAS)
+    assert [slices(asked, small) for asked in one_pass_or_mask] == ([1, 1, 1] if NEWEST else [4, 2, 2])
 
 
 @VARIANTS
@@ -303,11 +307,10 @@ def test_softmax_lies_between_the_products(asked: Problem, config: Config) -> No
     tiles = asked.seqlen_k > config.block_n
     assert len(exponentials) == scores + 2 * tiles, "one a score, and one for each of a thread's two rows"
     under_way = len([i for i in exponentials if i > end])
-    if halves(asked, config):
-        assert scores // 4 <= under_way <= scores // 2, "the last half's, most of them under the first half's products"
+    behind = scores - scores // slices(asked, config)
+    assert behind // 2 <= under_way <= behind, "those of slices behind the first, most of them under its products"
+    if behind:
         end = products[last]
-    else:
-        assert not under_way
 
     def count(name: str) -> int:
         return len([i for i in places(text, rf"{name}[.\w]*") if begin < i < end])
@@ -342,29 +345,6 @@ def test_all_warps_are_done_with_a_buffer_that_is_filled_again(asked: Problem, c
     assert any(fence < i < leaves for i in barriers), "TMA sees what every warp wrote"
     first = min(i for i in places(text, r"STSM?(\.\S+)?") if i > waits[0])
     assert any(waits[0] < i < first for i in barriers), "the output's buffer may be q's"
-
-
-@pytest.mark.parametrize(
-    ("asked", "config", "always"),
-    [
-        (problem(2048), Config("hopper", 64, 128, 4, 1, "", 128), True),
-        (problem(2048), Config("hopper", 64, 64, 4, 1, "", 96), True),
-        (problem(1024), Config("hopper", 64, 128, 4, 1, "", 128), False),
-        (problem(2048, head_dim=32), Config("hopper", 64, 128, 4, 1, "", 128), False),
-        (problem(2048, is_causal=True), Config("hopper", 64, 128, 4, 1, "", 128), False),
-        (problem(2048, window=(64, 64)), Config("hopper", 64, 64, 4, 1, "", 128), False),
-    ],
-    ids=["many", "many-short", "few", "dim-32", "causal", "window"],
-)
-def test_what_is_asked_for_once_too_often_arrives_before_a_block_ends(
-    asked: Problem, config: Config, always: bool
-) -> None:
-    text = sass(asked, config)
-    last = places(text, r"HGMMA[.\w]*")[-1]
-    (leaves,) = places(text, r"UTMASTG[.\w]*")
-    waits = [i for i in places(text, r"SYNCS\.PHASECHK[.\w]*") if last < i < leaves]
-    short = config.block_n <= 64
-    assert len(waits) == (1 + short if always else 0), "of K, and of V where that is asked for behind PV"
 
 
 # -- warpgroups that share K and V ------------------------------------------------------------------------------

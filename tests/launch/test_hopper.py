@@ -234,6 +234,9 @@ def test_packed_sequences_of_which_most_are_short_are_looked_up() -> None:
 def test_the_last_keys_get_a_tile_as_narrow_as_they_need(keys: int, block_n: int, width: int) -> None:
     asked = problem(seqlen_k=keys)
     assert narrow_tile(asked, block_n) == width
+    for dim in (32, 128):
+        whole = block_n == 64 and keys > 64 and keys % 64 > 32  # no narrower one holds them
+        assert narrow_tile(dataclasses.replace(asked, head_dim=dim, head_dim_v=dim), block_n) == (64 if whole else width)
     assert narrow_tile(dataclasses.replace(asked, window=(5, 5)), block_n) == 0
     half = block_n // 2 if keys > block_n else 0
     causal = dataclasses.replace(asked, is_causal=True)

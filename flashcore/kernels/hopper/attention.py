@@ -7,8 +7,8 @@ docs/design/hopper-log.md has the measurements.
 
 Loads run half a tile ahead: K's buffer is free once the scores are there and is refilled during softmax and PV; V's is
 asked for once QK is under way, behind the barrier in front of it, and filled during QK and softmax. A persistent block
-carries on over its items, so the next item's Q and K load while this one finishes. With HALVES the last half of a
-tile's softmax runs while PV of the first one is under way.
+carries on over its items, so the next item's Q and K load while this one finishes. With SLICES the
+softmax of a tile's last keys runs while PV of its first ones is under way.
 
 No branch and no address depends on a value of q, k or v: the accumulator is rescaled at every tile.
 """
@@ -236,13 +236,14 @@ def mean(acc, inverse, total, EMPTY_ROWS: gl.constexpr):
 
 @gluon.jit
 def parts(x, PARTS: gl.constexpr):
-    """[M, N] -> its columns in one part or two, which are registers of the same thread."""
+    """[M, N] -> its columns in 1, 2, 4 ... parts, which are registers of the same thread."""
     m: gl.constexpr = x.shape[0]
     n: gl.constexpr = x.shape[1]
     if PARTS == 1:
         return (x,)
     else:
-        return gl.split(gl.permute(gl.reshape(x, [m, 2, n // 2]), (0, 2, 1)))
+        first, last = gl.split(gl.permute(gl.reshape(x, [m, 2, n // 2]), (0, 2, 1)))
+        return parts(first, PARTS // 2) + parts(last, PARTS // 2)
 
 
 @gluon.jit
@@ -283,7 +284,7 @@ def attention_forward(
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, SINGLE: gl.constexpr, TAIL: gl.constexpr,
     ENDS: gl.constexpr, EMPTY_ROWS: gl.constexpr, NEGATE: gl.constexpr, PERSISTENT: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr, MORE_D: gl.constexpr, DV: gl.constexpr, MORE_DV: gl.constexpr,
-    WARPS: gl.constexpr, HALVES: gl.constexpr, LATE: gl.constexpr, SORTED: gl.constexpr, MASK_B: gl.constexpr,
+    WARPS: gl.constexpr, SLICES: gl.constexpr, LATE: gl.constexpr, SORTED: gl.constexpr, MASK_B: gl.constexpr,
     MASK_H: gl.constexpr,
 ):  # fmt: skip
     """softmax(q k^T) v over 4-D descriptors [batch, heads, rows, columns] whose boxes are one tile.
@@ -291,8 +292,8 @@ def attention_forward(
     SINGLE: all keys fit in one tile. TAIL: keys of the last tile, causal of all tiles that hide some, where they are
     narrower than BLOCK_N, else 0; then no other hides any, but with ENDS a whole one for an end that fills more of it
     than a narrow one. EMPTY_ROWS: some rows see no key. NEGATE: the scale is negative, qk_scale its magnitude. D +
-    MORE_D and DV + MORE_DV: the columns of a box that are multiplied, in one part or two. HALVES: 2 where PV takes the
-    keys of a whole tile in two parts, else 1. LATE: let the next kernel start when this one ends, not at once. SORTED:
+    MORE_D and DV + MORE_DV: the columns of a box that are multiplied, in one part or two. SLICES: in how
+    many PV takes the keys of a whole tile. LATE: let the next kernel start when this one ends, not at once. SORTED:
     if not 0, sequences with the most keys come first, of which there are at most this many: 32, 64 or 128. PERSISTENT:
     a one-dimensional grid of blocks that each take every gridDim-th item; else a grid of (row tiles, heads, batch),
     when causal (heads, row tiles, batch).
@@ -320,9 +321,6 @@ def attention_forward(
     NARROW: gl.constexpr = PARTS - 1 if TAIL else PARTS  # the part of narrow tiles, if any
     STAYS: gl.constexpr = PERSISTENT or not SINGLE  # for more than one tile
     SHORT: gl.constexpr = STAYS and not BIAS and BLOCK_N <= 64 and BLOCK_D <= 64  # QK is too short to load V under it
-    # Of many tiles K is asked for once too often, beyond the end: a condition costs each warp an address in every tile.
-    MANY: gl.constexpr = HALVES == 1 and BLOCK_D > 32 and PARTS == 1 and mask_desc is None and left is None
-    ALWAYS: gl.constexpr = MANY and not (PERSISTENT or SINGLE or RAGGED)
     ONE_ITEM: gl.constexpr = not PERSISTENT and cu_seqlens_q is None and (mask_desc is None or BLOCK_N > 64)
 
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -466,7 +464,7 @@ def attention_forward(
             for tile in range(start, stop):
                 key = wide * BLOCK_N + (tile - wide) * TAIL if part == NARROW else tile * BLOCK_N
                 load_key = key + TAIL if part == NARROW else (tile + 1) * BLOCK_N
-                if ALWAYS or (TAIL and part == 0):  # a narrow one follows, or K is asked for anyway
+                if TAIL and part == 0:  # a narrow one follows
                     last, refill, load_batch, load_head = False, True, batch, head // GROUP
                 else:
                     last = tile + 1 == tiles
@@ -518,13 +516,13 @@ def attention_forward(
                 unit = qk_scale if cap is None and not BIAS else LOG2E
                 old_m = gl.convert_layout(m, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
                 m, base = maximum(s, old_m, unit, SINGLE, EMPTY_ROWS, EXACT)
-                s_parts = parts(s, 1 if part == NARROW else HALVES)
+                s_parts = parts(s, 1 if part == NARROW else SLICES)
                 if HIDE_PAIRS:
-                    mask_parts = parts(mask.broadcast_to(s.shape), HALVES)
+                    mask_parts = parts(mask.broadcast_to(s.shape), SLICES)
                 operands = ()  # of products under way
-                for half in gl.static_range(1 if part == NARROW else HALVES):
-                    p, sums = weights(s_parts[half], base, unit, L, EXACT)
-                    if half:
+                for nth in gl.static_range(1 if part == NARROW else SLICES):
+                    p, sums = weights(s_parts[nth], base, unit, L, EXACT)
+                    if nth:
                         l += sums
                     else:
                         alpha = factor(old_m, base, EXACT)
@@ -537,21 +535,21 @@ def attention_forward(
                                 weight = times(weight, alpha)
                     p = p.to(dtype)
                     if HIDE_PAIRS:
-                        p = _hide_pairs(p, mask_parts[half])
-                    if STAYS and half == 0:
+                        p = _hide_pairs(p, mask_parts[nth])
+                    if STAYS and nth == 0:
                         mbarrier.wait(v_full, loads & 1)
                         mbarrier.expect(v_full, V_BYTES, pred=refill)
-                    values = v_tile.slice(half * p.shape[1], p.shape[1], 0)
-                    acc, read = _product(p, values.slice(0, DV, 1), acc, O, SINGLE and half == 0)
+                    values = v_tile.slice(nth * p.shape[1], p.shape[1], 0)
+                    acc, read = _product(p, values.slice(0, DV, 1), acc, O, SINGLE and nth == 0)
                     operands = operands + (read,)
                     if BIAS:
                         # Their sum as a product with ones: an addition less for each score, and the weights as they
                         # were rounded, all the same way where a row has nothing but fp16's lowest number.
-                        weight, read = _product(p, ones.slice(0, p.shape[1], 0), weight, L, SINGLE and half == 0)
+                        weight, read = _product(p, ones.slice(0, p.shape[1], 0), weight, L, SINGLE and nth == 0)
                         operands = operands + (read,)
                     if MORE_DV:
                         rest = values.slice(DV, MORE_DV, 1)
-                        more_acc, read = _product(p, rest, more_acc, MORE_O, SINGLE and half == 0)
+                        more_acc, read = _product(p, rest, more_acc, MORE_O, SINGLE and nth == 0)
                         operands = operands + (read,)
                 m = gl.convert_layout(m, gl.SliceLayout(1, S), assert_trivial=True)
                 acc = warpgroup_mma_wait(0, deps=(acc,) + operands)[0]
@@ -564,10 +562,6 @@ def attention_forward(
                     _load(v_desc, load_batch, load_head, first_k, load_rows, longest_k, load_key, v_full, v_box, refill)
                 loads += 1
 
-        if ALWAYS:  # nothing may arrive behind a block's end
-            mbarrier.wait(k_full, loads & 1)
-            if SHORT:
-                mbarrier.wait(v_full, loads & 1)
         if LATE:
             if not more:
                 gdc_launch_dependents()

@@ -66,8 +66,8 @@ class Ring:
         mbarrier.wait(self.full.index(turn % self.STAGES), (turn // self.STAGES) & 1, pred=pred)
 
     @gluon.jit
-    def free(self, turn):
-        mbarrier.arrive(self.empty.index(turn % self.STAGES), count=1)
+    def free(self, turn, pred=True):
+        mbarrier.arrive(self.empty.index(turn % self.STAGES), count=1, pred=pred)
 
     @gluon.jit
     def tile(self, turn):
@@ -205,33 +205,35 @@ def _softmax(s, m, l, qk_scale, FIRST: gl.constexpr):
 
 @gluon.jit
 def _in_turn(
-    q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S: gl.constexpr, P: gl.constexpr,
-    dtype: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
+    q_tile, queries, mine, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S: gl.constexpr,
+    P: gl.constexpr, dtype: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
 ):  # fmt: skip
-    """PV of a tile's first keys runs under the softmax of its last ones."""
-    HALF: gl.constexpr = work.BLOCK_N // 2
+    """PV takes a tile's keys in four slices, each under the softmax of the next one."""
+    KEYS: gl.constexpr = work.BLOCK_N // 4
     L: gl.constexpr = l.type.layout
     for tile in range(tiles):
         keys.wait(loads)
         s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads, S),))
         keys.free(loads)
+        queries.free(mine, tile + 1 == tiles)  # the next item's loads under this one's last products and its output
         s = _visible(s, tile, row, work, EVEN_N, NEGATE)
         new_m, base = maximum(s, m, qk_scale, False, False, False)
-        first, last = parts(s, 2)
-        p, sums = weights(first, base, qk_scale, L, False)
-        alpha = factor(m, base, False)
-        m = new_m
-        l = times(l, alpha) + sums  # noqa: E741
-        acc = times(acc, alpha)
-        p = gl.convert_layout(p.to(dtype), P, assert_trivial=True)
-        values.wait(loads)
-        v_tile = values.tile(loads)
-        acc = warpgroup_mma(p, v_tile.slice(0, HALF, 0), acc, is_async=True)
-        last_p, sums = weights(last, base, qk_scale, L, False)
-        l += sums
-        last_p = gl.convert_layout(last_p.to(dtype), P, assert_trivial=True)
-        acc = warpgroup_mma(last_p, v_tile.slice(HALF, HALF, 0), acc, is_async=True)
-        acc, p, last_p = warpgroup_mma_wait(0, deps=(acc, p, last_p))
+        s_parts = parts(s, 4)
+        operands = ()  # of products under way
+        for nth in gl.static_range(4):
+            p, sums = weights(s_parts[nth], base, qk_scale, L, False)
+            if nth:
+                l += sums
+            else:
+                alpha = factor(m, base, False)
+                m = new_m
+                l = times(l, alpha) + sums  # noqa: E741
+                acc = times(acc, alpha)
+                values.wait(loads)
+            p = gl.convert_layout(p.to(dtype), P, assert_trivial=True)
+            acc = warpgroup_mma(p, values.tile(loads).slice(nth * KEYS, KEYS, 0), acc, is_async=True)
+            operands = operands + (p,)
+        acc = warpgroup_mma_wait(0, deps=(acc,) + operands)[0]
         values.free(loads)
         loads += 1
     return acc, m, l
@@ -302,11 +304,12 @@ def _consume(
             acc, m, l = _overlapped(
                 q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S, P, dtype, EVEN_N, NEGATE
             )
+            queries.free(mine)
         else:
             acc, m, l = _in_turn(
-                q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S, P, dtype, EVEN_N, NEGATE
-            )
-        queries.free(mine)
+                q_tile, queries, mine, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S, P, dtype, EVEN_N,
+                NEGATE,
+            )  # fmt: skip
         loads += tiles
         for _ in range(tiles, work.keys((row_tile + 1) * GROUPS * ROWS)):  # those that only rows further down see
             keys.wait(loads)
