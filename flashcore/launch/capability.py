@@ -125,6 +125,11 @@ def _triton() -> str:
         return ""
 
 
+def needs_more_registers() -> bool:
+    """Whether Triton's assembler, ptxas, needs some more for the same kernel than with the releases before 3.8."""
+    return _triton().startswith(("3.8.", "3.9."))
+
+
 _REASONS: dict[str, Callable[[Problem, Target], list[str]]] = {
     "hopper": _hopper, "portable": _portable
 }  # fmt: skip

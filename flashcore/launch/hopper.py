@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 from triton.experimental.gluon import language as gl
 
 from flashcore.core.config import Config
@@ -24,6 +23,7 @@ from flashcore.launch.binding import (
     packed_tiles,
     score_scalars,
 )
+from flashcore.launch.capability import needs_more_registers
 
 SPECIALIZED = "specialized"  # the schedule that is a kernel of its own
 _REGISTERS = 65_536  # of an SM
@@ -33,7 +33,6 @@ _OPTIONAL = (  # parameters that are None where the problem does not use them
     "right",
 )  # fmt: skip
 _BARRIERS, _BARRIERS_OF_WARPGROUPS = 64, 512  # bytes, rounded up
-_SPILLING = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)  # its assembler needs some registers more
 _TYPES = {
     torch.float16: ("fp16", gl.float16), torch.bfloat16: ("bf16", gl.bfloat16), torch.float32: ("fp32", gl.float32),
     torch.bool: ("i8", gl.int8),
@@ -189,13 +188,13 @@ def _slices(p: Problem, config: Config) -> int:
     dim = max(p.head_dim, p.head_dim_v)
     one_pass, many = p.seqlen_k <= config.block_n, p.seqlen_k > 1024
     if p.mask is not None:
-        return 1 if _SPILLING or (one_pass and p.mask.dtype == torch.bool) else 2
+        return 1 if needs_more_registers() or (one_pass and p.mask.dtype == torch.bool) else 2
     if p.is_causal:
         return 1 if one_pass or p.packed or (p.return_lse and dim > 64) else 4 if 32 < dim <= 64 else 2
     if one_pass:
-        return 1 if _SPILLING else 2 if dim <= 32 or p.return_lse else 4
+        return 1 if needs_more_registers() else 2 if dim <= 32 or p.return_lse else 4
     if p.options or config.schedule or (dim <= 64 and narrow_tile(p, config.block_n)):
-        return 1 if many or dim <= 32 else 2
+        return 1 if dim <= 32 else 2
     return 1 if many and dim <= 32 else 4
 
 

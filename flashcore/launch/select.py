@@ -22,7 +22,7 @@ from flashcore.core.errors import UnsupportedError
 from flashcore.core.problem import Mask, Problem
 from flashcore.core.target import Target
 from flashcore.launch.binding import narrow_tile
-from flashcore.launch.capability import reasons
+from flashcore.launch.capability import needs_more_registers, reasons
 from flashcore.tuning import lookup
 
 # (block_m, block_n, num_warps, num_stages) up to a head dimension.
@@ -142,16 +142,16 @@ _HOPPER: dict[int, tuple[tuple[_Tile, ...], ...]] = {
          ((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128), (64, 128, 4, 168)),
          ((64, 64, 4, 96), (64, 128, 4, 168))),
     64: (((64, 128, 4, 128), (128, 128, 8, 128), (64, 64, 4, 96), (64, 256, 4, 255)),
-         ((64, 64, 4, 96), (64, 128, 4, 168)),
+         ((64, 64, 4, 96), (64, 128, 4, 168), (64, 128, 4, 128)),
          ((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128), (64, 64, 4, 128), (64, 128, 4, 168)),
-         ((64, 64, 4, 128), (64, 128, 4, 168), (128, 64, 8, 128))),
+         ((64, 64, 4, 128), (64, 128, 4, 168), (64, 128, 4, 128), (128, 64, 8, 128))),
     96: (((128, 64, 8, 128), (64, 64, 4, 128), (64, 128, 4, 168)),
          ((128, 64, 8, 128), (64, 64, 4, 128)),
          ((128, 64, 8, 128), (64, 64, 4, 128), (64, 128, 4, 168)),
          ((128, 64, 8, 128), (64, 64, 4, 128), (64, 128, 4, 255))),
     128: (((64, 64, 4, 168), (64, 128, 4, 255), (128, 128, 8, 255), (64, 64, 4, 128)),
           ((64, 64, 4, 128), (64, 128, 4, 255)),
-          ((64, 64, 4, 128), (64, 128, 4, 168), (64, 64, 4, 168), (64, 128, 4, 255)),
+          ((64, 64, 4, 128), (64, 64, 4, 168), (64, 128, 4, 255)),
           ((64, 64, 4, 168), (64, 128, 4, 255), (128, 128, 8, 255))),
 }  # fmt: skip
 # The same for problems with further options: for one alone that costs few registers, for one or two, for any number.
@@ -269,6 +269,8 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
             continue  # nothing but one pass without a mask fits
         if schedule and (single or not _counts(problem, m)):
             continue
+        if schedule and registers == n == 128 and 32 < dim <= 64 and fitting is not plain:
+            continue  # masks and the next item together spill
         if schedule and dim > 80 and registers == 128 and (problem.is_causal or (dim > 96 and problem.seqlen_k % n)):
             continue  # narrow tiles and the next item together spill
         configs.append(Config("hopper", m, n, warps, 1, schedule, registers))
@@ -334,11 +336,20 @@ def candidates(problem: Problem, target: Target) -> tuple[Config, ...]:
 
 def _allowed(problem: Problem, target: Target, kernels: Sequence[str]) -> tuple[Config, ...]:
     why = {kernel: reasons(kernel, problem, target) for kernel in kernels}
-    found = tuple(c for kernel in kernels if not why[kernel] for c in _CONFIGS[kernel](problem, target))
+    found = tuple(
+        c for kernel in kernels if not why[kernel] for c in _CONFIGS[kernel](problem, target) if not _spills(problem, c)
+    )  # fmt: skip
     if not found:
         small = (f"no tile fits the {target.smem_per_block} bytes of shared memory of a block on {target.name}",)
         raise UnsupportedError("no kernel computes this attention problem", {k: r or small for k, r in why.items()})
     return found
+
+
+def _spills(p: Problem, config: Config) -> bool:
+    """Whether registers that suffice elsewhere do not under this Triton: masks in the loop at head dimension 64."""
+    tight = config.kernel == "hopper" and config.maxnreg == config.block_n == 128 and p.seqlen_k > 128
+    masked = not p.options and not p.is_causal and p.seqlen_k % 128 and not narrow_tile(p, 128)
+    return bool(tight and masked and needs_more_registers())
 
 
 @cache

@@ -236,7 +236,8 @@ def test_the_last_keys_get_a_tile_as_narrow_as_they_need(keys: int, block_n: int
     assert narrow_tile(asked, block_n) == width
     for dim in (32, 128):
         whole = block_n == 64 and keys > 64 and keys % 64 > 32  # no narrower one holds them
-        assert narrow_tile(dataclasses.replace(asked, head_dim=dim, head_dim_v=dim), block_n) == (64 if whole else width)
+        other = dataclasses.replace(asked, head_dim=dim, head_dim_v=dim)
+        assert narrow_tile(other, block_n) == (64 if whole else width)
     assert narrow_tile(dataclasses.replace(asked, window=(5, 5)), block_n) == 0
     half = block_n // 2 if keys > block_n else 0
     causal = dataclasses.replace(asked, is_causal=True)
