@@ -132,16 +132,16 @@ def _specialized(p: Problem, config: Config, scale: float, target: Target) -> Bi
     args |= {"longest_q": Scalar("i32", p.seqlen_q), "longest_k": Scalar("i32", p.seqlen_k)}
     args["row_tiles"] = Scalar("i32", row_tiles)
     args |= _divisors(tiles=tiles, heads=p.heads_q)
-    args["items"] = Scalar("i32", items)
+    blocks = min(items, target.sms * blocks_per_sm(p, config, target))
+    args |= {"items": Scalar("i32", items), "blocks": Scalar("i32", blocks)}
     constexprs: dict[str, Any] = {} if p.return_lse else {"lse": None}
     constexprs |= {
         "GROUP": p.group, "CAUSAL": p.is_causal, "EVEN_N": p.seqlen_k % config.block_n == 0, "NEGATE": scale < 0,
         "GROUPS": config.num_warps // 4, "STAGES": config.num_stages, "REGISTERS": config.maxnreg,
     }  # fmt: skip
-    grid = (min(items, target.sms * blocks_per_sm(p, config, target)), 1, 1)
     # The first warpgroup's warps are the kernel's own, the others come with its partitions, and so do their registers.
     options = {"num_warps": 4, "enable_fp_fusion": True, "launch_pdl": True}
-    return Binding(attention_forward_specialized, True, grid, args, constexprs, options)
+    return Binding(attention_forward_specialized, True, (blocks, 1, 1), args, constexprs, options)
 
 
 def _divisors(**sizes: int) -> dict[str, Scalar]:

@@ -415,7 +415,7 @@ def test_one_warp_loads_for_all(asked: Problem, config: Config) -> None:
     boxes = 2 if hopper.block_of(asked.head_dim) > 64 else 1  # TMA's swizzled rows are 128 bytes
     boxes_v = 2 if hopper.block_of(asked.head_dim_v) > 64 else 1
     loads, stores = places(text, r"UTMALDG[.\w]*"), places(text, r"UTMASTG[.\w]*")
-    assert len(loads) == (groups + 1) * boxes + boxes_v and len(stores) == groups
+    assert len(loads) == (groups + 2) * boxes + 2 * boxes_v and len(stores) == groups, "the first keys apart, around q"
     assert not places(text, r"(LDG|LD|LDGSTS|LDL|STL|ST|ATOM|ATOMG|RED|REDG|UBLKCP|UBLKRED)(\.\S+)?")
     assert len(places(text, r"LDS[.\w]*")) == 1, "what a warp is to do"
     assert len(places(text, r"STG(\.\S+)?")) == (2 * groups if asked.return_lse else 0)

@@ -57,7 +57,7 @@ class Ring:
     @gluon.jit
     def fill(self, turn, desc, batch, head, row):
         slot = turn % self.STAGES
-        mbarrier.wait(self.empty.index(slot), ((turn // self.STAGES) & 1) ^ 1)  # passes at once where it was never full
+        self.wait_free(turn - self.STAGES, turn >= self.STAGES)
         mbarrier.expect(self.full.index(slot), self.BYTES)
         tma_load(desc, [batch, head, row, 0], self.full.index(slot), self.box.index(slot))
 
@@ -66,8 +66,12 @@ class Ring:
         mbarrier.wait(self.full.index(turn % self.STAGES), (turn // self.STAGES) & 1, pred=pred)
 
     @gluon.jit
-    def free(self, turn, pred=True):
-        mbarrier.arrive(self.empty.index(turn % self.STAGES), count=1, pred=pred)
+    def free(self, turn):
+        mbarrier.arrive(self.empty.index(turn % self.STAGES), count=1)
+
+    @gluon.jit
+    def wait_free(self, turn, pred=True):
+        mbarrier.wait(self.empty.index(turn % self.STAGES), (turn // self.STAGES) & 1, pred=pred)
 
     @gluon.jit
     def tile(self, turn):
@@ -150,18 +154,27 @@ class Work:
 
 
 @gluon.jit
-def _produce(q_desc, k_desc, v_desc, queries, keys, values, work, ROWS: gl.constexpr, GROUPS: gl.constexpr):
+def _produce(q_desc, k_desc, v_desc, q_box, q_full, keys, values, work):
+    GROUPS: gl.constexpr = q_box.shape[0]
+    ROWS: gl.constexpr = q_desc.block_shape[2]
+    Q_BYTES: gl.constexpr = ROWS * q_desc.block_shape[3] * 2
     loads = 0
     turn = 0
     while work.index(turn) < work.items:
         row_tile, head, batch = work.item(turn)
         row = row_tile * ROWS * GROUPS
+        tiles = work.keys(row + ROWS * GROUPS)
+        head_k = head // work.GROUP
+        keys.fill(loads, k_desc, batch, head_k, 0)
+        keys.wait_free(loads - 1, loads > 0)  # with them q of the item before was multiplied last
         for i in gl.static_range(GROUPS):
-            queries.fill(turn * GROUPS + i, q_desc, batch, head, row + i * ROWS)
-        for tile in range(work.keys(row + ROWS * GROUPS)):
-            keys.fill(loads, k_desc, batch, head // work.GROUP, tile * work.BLOCK_N)
-            values.fill(loads, v_desc, batch, head // work.GROUP, tile * work.BLOCK_N)
-            loads += 1
+            mbarrier.expect(q_full.index(i), Q_BYTES)
+            tma_load(q_desc, [batch, head, row + i * ROWS, 0], q_full.index(i), q_box.index(i))
+        values.fill(loads, v_desc, batch, head_k, 0)
+        for tile in range(1, tiles):
+            keys.fill(loads + tile, k_desc, batch, head_k, tile * work.BLOCK_N)
+            values.fill(loads + tile, v_desc, batch, head_k, tile * work.BLOCK_N)
+        loads += tiles
         turn += 1
 
 
@@ -205,8 +218,8 @@ def _softmax(s, m, l, qk_scale, FIRST: gl.constexpr):
 
 @gluon.jit
 def _in_turn(
-    q_tile, queries, mine, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S: gl.constexpr,
-    P: gl.constexpr, dtype: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
+    q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S: gl.constexpr, P: gl.constexpr,
+    dtype: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
 ):  # fmt: skip
     """PV takes a tile's keys in four slices, each under the softmax of the next one."""
     KEYS: gl.constexpr = work.BLOCK_N // 4
@@ -215,7 +228,6 @@ def _in_turn(
         keys.wait(loads)
         s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads, S),))
         keys.free(loads)
-        queries.free(mine, tile + 1 == tiles)  # the next item's loads under this one's last products and its output
         s = _visible(s, tile, row, work, EVEN_N, NEGATE)
         new_m, base = maximum(s, m, qk_scale, False, False, False)
         s_parts = parts(s, 4)
@@ -276,17 +288,19 @@ def _overlapped(
 
 @gluon.jit
 def _consume(
-    o_desc, lse, o_box, queries, keys, values, work, qk_scale, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
-    GROUPS: gl.constexpr, WHICH: gl.constexpr,
+    o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
+    WHICH: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: rows WHICH * 64 on of each of the block's items."""
     dtype: gl.constexpr = o_desc.dtype
+    GROUPS: gl.constexpr = o_box.shape[0]
     ROWS: gl.constexpr = o_box.shape[3]
     DV: gl.constexpr = o_box.shape[4]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, work.BLOCK_N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
     P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    q_tile = q_box.index(WHICH).reshape([ROWS, q_box.shape[4]])
     o_tile = o_box.index(WHICH)
     loads = 0
     turn = 0
@@ -297,19 +311,15 @@ def _consume(
         acc = gl.zeros([ROWS, DV], gl.float32, O)
         m = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, S))
         l = gl.zeros([ROWS, 8], gl.float32, L)  # noqa: E741
-        mine = turn * GROUPS + WHICH
-        queries.wait(mine)
-        q_tile = queries.tile(mine)
+        mbarrier.wait(q_full.index(WHICH), turn & 1)
         if GROUPS == 2:
             acc, m, l = _overlapped(
                 q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S, P, dtype, EVEN_N, NEGATE
             )
-            queries.free(mine)
         else:
             acc, m, l = _in_turn(
-                q_tile, queries, mine, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S, P, dtype, EVEN_N,
-                NEGATE,
-            )  # fmt: skip
+                q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S, P, dtype, EVEN_N, NEGATE
+            )
         loads += tiles
         for _ in range(tiles, work.keys((row_tile + 1) * GROUPS * ROWS)):  # those that only rows further down see
             keys.wait(loads)
@@ -334,7 +344,7 @@ def _consume(
 @gluon.jit
 def attention_forward_specialized(
     q_desc, k_desc, v_desc, o_desc, lse, qk_scale, longest_q, longest_k, row_tiles, tiles, per_tiles, heads, per_heads,
-    items,
+    items, blocks,
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr, GROUPS: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -342,7 +352,7 @@ def attention_forward_specialized(
 
     GROUPS: warpgroups that compute. STAGES: buffers each for K and V. REGISTERS: of a thread that computes; what the
     producer leaves goes to the first warpgroup. The boxes of q_desc and o_desc are one warpgroup's rows, row_tiles
-    count a block's; tiles: items of one head.
+    count a block's; tiles: items of one head. blocks: of the grid, for a register less than asking for it.
     """
     dtype: gl.constexpr = q_desc.dtype
     ROWS: gl.constexpr = q_desc.block_shape[2]
@@ -350,11 +360,8 @@ def attention_forward_specialized(
     D: gl.constexpr = q_desc.block_shape[3]
     DV: gl.constexpr = v_desc.block_shape[3]
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    queries = Ring(
-        gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, D], q_desc.layout),
-        gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BARRIER),
-        gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BARRIER), GROUPS, ROWS * D * 2,
-    )  # fmt: skip
+    q_box = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, D], q_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BARRIER)
     keys = Ring(
         gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
@@ -366,32 +373,33 @@ def attention_forward_specialized(
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER), STAGES, BLOCK_N * DV * 2,
     )  # fmt: skip
     o_box = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, DV], o_desc.layout)
-    queries.prepare(1)
+    for i in gl.static_range(GROUPS):
+        mbarrier.init(q_full.index(i), count=1)
     keys.prepare(GROUPS)
     values.prepare(GROUPS)
     fence_async_shared()
     work = Work(
-        gl.program_id(0), gl.num_programs(0), items, row_tiles, tiles, per_tiles, heads, per_heads, longest_q,
-        longest_k, GROUP, CAUSAL, BLOCK_N,
+        gl.program_id(0), blocks, items, row_tiles, tiles, per_tiles, heads, per_heads, longest_q, longest_k, GROUP,
+        CAUSAL, BLOCK_N,
     )  # fmt: skip
     gdc_wait()  # the set-up above overlaps with whatever ran before in the stream; it has now written its results
     gdc_launch_dependents()  # a next kernel's blocks find no room before ours end
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_consume, (o_desc, lse, o_box, queries, keys, values, work, qk_scale, EVEN_N, NEGATE, GROUPS, 0)),
-                (_consume, (o_desc, lse, o_box, queries, keys, values, work, qk_scale, EVEN_N, NEGATE, GROUPS, 1)),
-                (_produce, (q_desc, k_desc, v_desc, queries, keys, values, work, ROWS, GROUPS)),
+                (_consume, (o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N, NEGATE, 0)),
+                (_consume, (o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N, NEGATE, 1)),
+                (_produce, (q_desc, k_desc, v_desc, q_box, q_full, keys, values, work)),
             ],
             [4, 1], [REGISTERS, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (_consume, (o_desc, lse, o_box, queries, keys, values, work, qk_scale, EVEN_N, NEGATE, GROUPS, 0)),
-                (_consume, (o_desc, lse, o_box, queries, keys, values, work, qk_scale, EVEN_N, NEGATE, GROUPS, 1)),
-                (_consume, (o_desc, lse, o_box, queries, keys, values, work, qk_scale, EVEN_N, NEGATE, GROUPS, 2)),
-                (_produce, (q_desc, k_desc, v_desc, queries, keys, values, work, ROWS, GROUPS)),
+                (_consume, (o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N, NEGATE, 0)),
+                (_consume, (o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N, NEGATE, 1)),
+                (_consume, (o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N, NEGATE, 2)),
+                (_produce, (q_desc, k_desc, v_desc, q_box, q_full, keys, values, work)),
             ],
             [4, 4, 1], [REGISTERS, REGISTERS, 24],
         )  # fmt: skip
