@@ -7,8 +7,8 @@ docs/design/hopper-log.md has the measurements.
 
 Loads run half a tile ahead: K's buffer is free once the scores are there and is refilled during softmax and PV; V's is
 asked for once QK is under way, behind the barrier in front of it, and filled during QK and softmax. A persistent block
-carries on over its items, so the next item's Q and K load while this one finishes. With SLICES the
-softmax of a tile's last keys runs while PV of its first ones is under way.
+carries on over its items, so the next item's Q and K load while this one finishes. With SLICES the softmax of a tile's
+last keys runs while PV of its first ones is under way.
 
 No branch and no address depends on a value of q, k or v: the accumulator is rescaled at every tile.
 """
@@ -289,14 +289,14 @@ def attention_forward(
 ):  # fmt: skip
     """softmax(q k^T) v over 4-D descriptors [batch, heads, rows, columns] whose boxes are one tile.
 
-    SINGLE: all keys fit in one tile. TAIL: keys of the last tile, causal of all tiles that hide some, where they are
-    narrower than BLOCK_N, else 0; then no other hides any, but with ENDS a whole one for an end that fills more of it
-    than a narrow one. EMPTY_ROWS: some rows see no key. NEGATE: the scale is negative, qk_scale its magnitude. D +
-    MORE_D and DV + MORE_DV: the columns of a box that are multiplied, in one part or two. SLICES: in how
-    many PV takes the keys of a whole tile. LATE: let the next kernel start when this one ends, not at once. SORTED:
-    if not 0, sequences with the most keys come first, of which there are at most this many: 32, 64 or 128. PERSISTENT:
-    a one-dimensional grid of blocks that each take every gridDim-th item; else a grid of (row tiles, heads, batch),
-    when causal (heads, row tiles, batch).
+    SINGLE: all keys fit in one tile. TAIL: keys of the last tile, causal of all tiles that hide some, where they have a
+    copy of the loop's body of their own, else 0; then no other hides any, but with ENDS a whole one for an end that
+    fills more of it than a narrow one. EMPTY_ROWS: some rows see no key. NEGATE: the scale is negative, qk_scale its
+    magnitude. D + MORE_D and DV + MORE_DV: the columns of a box that are multiplied, in one part or two. SLICES: in how
+    many PV takes the keys of a whole tile. LATE: let the next kernel start when this one ends, not at once. SORTED: if
+    not 0, sequences with the most keys come first, of which there are at most this many: 32, 64 or 128. PERSISTENT: a
+    one-dimensional grid of blocks that each take every gridDim-th item; else a grid of (row tiles, heads, batch), when
+    causal (heads, row tiles, batch).
 
     None where an option is not in use. mask_desc: over the mask's own sizes, 1 where it is broadcast; MASK_B, MASK_H: 0
     where its batch or head is. cap: of the scores, before the mask is added. qk_scale has a factor of log2(e), without

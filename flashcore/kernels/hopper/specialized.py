@@ -8,7 +8,7 @@ V through TMA, and every other warpgroup computes 64 rows against the same tiles
 * two where scores are hidden or the lse is wanted, which three have no registers for: each issues the next tile's QK
   and this tile's PV together, under whose products its softmax runs (FlashAttention-3, Shah et al. 2024).
 
-One block fills an SM and stays for all its items; it loads the next one's tiles once all have done with this one's q.
+One block fills an SM and stays for all its items; the next one's q comes once all have multiplied with this one's.
 docs/design/hopper-log.md has the measurements. No branch and no address depends on a value of q, k or v.
 """
 
