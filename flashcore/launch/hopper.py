@@ -23,7 +23,7 @@ from flashcore.launch.binding import (
     packed_tiles,
     score_scalars,
 )
-from flashcore.launch.capability import needs_more_registers
+from flashcore.launch.capability import MAX_GRID_YZ, needs_more_registers
 
 SPECIALIZED = "specialized"  # the schedule that is a kernel of its own
 _REGISTERS = 65_536  # of an SM
@@ -48,10 +48,12 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
         return _specialized(problem, config, scale, target)
     p = problem
     block_d, block_dv = block_of(p.head_dim), block_of(p.head_dim_v)
-    row_tiles = -(-p.seqlen_q // config.block_m)
-    pairs = p.heads_q * p.batch
-    items = row_tiles * pairs
     persistent = config.schedule == "persistent"
+    pack = _pack(p, config)
+    rows, heads = config.block_m // pack, p.heads_q // pack  # of one head in a block; of the grid
+    row_tiles = -(-p.seqlen_q // rows)
+    pairs = heads * p.batch
+    items = row_tiles * pairs
 
     total_q, total_k = p.packed or (0, 0)
     queries = (p.heads_q, p.seqlen_q, total_q if p.packed else None)
@@ -60,15 +62,17 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
     def descriptor(
         name: str, extent: tuple[int, int, int | None], columns: int, strides: Strides, box: tuple[int, int]
     ) -> Tma:
-        heads, rows, total = extent
+        if pack > 1 and name in "qo":
+            return _packed(p, name, pack, columns, strides, (rows, box[1]))
+        heads, length, total = extent
         if total is None:
-            return _plain(p, name, (heads, rows, columns), strides, box)
+            return _plain(p, name, (heads, length, columns), strides, box)
         batch = 1 if p.packed else p.batch
-        # Row y + x - rows, see the kernel's _load: x ends where the sequence does, y says where it begins.
+        # Row y + x - length, see the kernel's _load: x ends where the sequence does, y says where it begins.
         sb, sh, sr = _steps((batch, heads, total + 1, columns), strides)
-        shape = (batch, heads, total + 1, rows, columns)
+        shape = (batch, heads, total + 1, length, columns)
         ragged = _descriptor(name, p.dtype, shape, (sb, sh, sr, sr, 1), (1, 1, 1, *box))
-        return replace(ragged, offset=-rows * sr * p.dtype.itemsize)
+        return replace(ragged, offset=-length * sr * p.dtype.itemsize)
 
     args: dict[str, Any] = {
         "q_desc": descriptor("q", queries, p.head_dim, p.stride_q, (config.block_m, block_d)),
@@ -83,12 +87,13 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
     args |= length_pointers(p, config.block_m)
     args |= score_scalars(p, scale)
     args |= {"longest_q": Scalar("i32", p.seqlen_q), "longest_k": Scalar("i32", p.seqlen_k)}
-    args |= _divisors(row_tiles=row_tiles, heads=p.heads_q, pairs=pairs)
+    args |= _divisors(row_tiles=row_tiles, heads=heads, pairs=pairs)
     args["items"] = Scalar("i32", items if persistent else 1)
 
     constexprs: dict[str, Any] = dict.fromkeys(name for name in _OPTIONAL if name not in args)
     constexprs |= {
-        "GROUP": p.group, "CAUSAL": p.is_causal, "EVEN_N": p.seqlen_k % config.block_n == 0 and not p.ragged,
+        "GROUP": p.group // pack, "CAUSAL": p.is_causal,
+        "EVEN_N": p.seqlen_k % config.block_n == 0 and not p.ragged,
         "SINGLE": p.seqlen_k <= config.block_n, "TAIL": narrow_tile(p, config.block_n),
         "ENDS": _wide_ends(p, config.block_n), "EMPTY_ROWS": _empty_rows(p),
         "NEGATE": scale < 0, "PERSISTENT": persistent, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
@@ -96,16 +101,16 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
         **dict(zip(("DV", "MORE_DV"), columns(p.head_dim_v), strict=True)), "WARPS": config.num_warps,
         "SLICES": _slices(p, config), "LATE": items > 2 * target.sms, "SORTED": _sorted(p, config, items, target),
         "MASK_B": int(p.mask is not None and p.mask.strides[0] != 0),
-        "MASK_H": int(p.mask is not None and p.mask.strides[1] != 0),
+        "MASK_H": int(p.mask is not None and p.mask.strides[1] != 0), "PACK": pack,
     }  # fmt: skip
     if numbers := packed_tiles(p, config.block_m):
         grid = (numbers, p.heads_q, 1)
     elif persistent:
         grid = (min(items, target.sms * blocks_per_sm(p, config, target)), 1, 1)
     elif p.is_causal:
-        grid = (p.heads_q, row_tiles, p.batch)
+        grid = (heads, row_tiles, p.batch)
     else:
-        grid = (row_tiles, p.heads_q, p.batch)
+        grid = (row_tiles, heads, p.batch)
     # enable_fp_fusion: one FFMA for scale and maximum per score; its default is off from Triton 3.10 on.
     options = {
         "num_warps": config.num_warps, "maxnreg": config.maxnreg, "enable_fp_fusion": True, "launch_pdl": True
@@ -158,6 +163,14 @@ def _plain(p: Problem, name: str, extent: tuple[int, int, int], strides: Strides
     return _descriptor(name, p.dtype, shape, (*_steps(shape, strides), 1), (1, 1, *box))
 
 
+def _packed(p: Problem, name: str, pack: int, columns: int, strides: Strides, box: tuple[int, int]) -> Tma:
+    """Over [batch, key heads, rows, query heads of a key head, columns]: a box has all of these for some rows."""
+    rows, width = box
+    sb, sh, sr = _steps((p.batch, p.heads_q, p.seqlen_q, columns), strides)
+    shape = (p.batch, p.heads_q // pack, p.seqlen_q, pack, columns)
+    return _descriptor(name, p.dtype, shape, (sb, sh * pack, sr, sh, 1), (1, 1, rows, pack, width))
+
+
 def _descriptor(
     name: str, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
 ) -> Tma:
@@ -178,6 +191,13 @@ def _mask(p: Problem, mask: Mask, config: Config) -> Tma:
 def _wide_ends(p: Problem, block_n: int) -> bool:
     """Whether the end of a sequence may be a whole tile instead of narrow ones: where it is one of a few tiles."""
     return p.ragged and not p.is_causal and narrow_tile(p, block_n) > 0 and p.seqlen_k <= 4 * block_n
+
+
+def _pack(p: Problem, config: Config) -> int:
+    """How many query heads' rows a block has: causal all that share a key head, for fewer positions on the diagonal."""
+    plain = p.is_causal and not p.options and config.schedule == ""
+    rows = config.block_m // p.group
+    return p.group if plain and config.block_m % p.group == 0 and p.seqlen_q <= rows * MAX_GRID_YZ else 1
 
 
 def _slices(p: Problem, config: Config) -> int:

@@ -87,6 +87,7 @@ VARIANTS = pytest.mark.parametrize(
         variant("single", 64, 128, 128, seqlen=128),
         variant("bf16-persistent", 64, 64, 96, "persistent", dtype=torch.bfloat16),
         variant("causal", 64, 64, 128, is_causal=True),
+        variant("causal-gqa-lse", 64, 64, 128, is_causal=True, heads_kv=2, return_lse=True),
         variant("causal-uneven-lse", 64, 128, 168, seqlen=197, is_causal=True, return_lse=True),
         variant("causal-empty-rows-persistent", 64, 128, 168, "persistent", is_causal=True, seqlen_k=256),
         variant("uneven-gqa", 128, 64, 128, seqlen=500, heads_kv=2),
@@ -157,7 +158,9 @@ def test_tensors_go_through_tma_alone(asked: Problem, config: Config) -> None:
     refills += 2 if narrow_tile(asked, config.block_n) else 0  # q's behind the last tile, which then is a narrow one
     loads, stores = places(text, r"UTMALDG[.\w]*"), places(text, r"UTMASTG[.\w]*")
     assert len(loads) == 3 + refills and len(stores) == 1
-    assert all(".4D" in text[i] for i in (*loads, *stores))
+    packed = hopper.bind(asked, config, 0.125, H100).constexprs["PACK"] > 1
+    dimensions = Counter(re.search(r"\.(\dD)", text[i])[1] for i in (*loads, *stores))
+    assert dimensions == {"4D": 2 + refills, "5D": 2} if packed else {"4D": 4 + refills}
     assert not places(text, r"(LDG|LD|LDGSTS|LDL|STL|ST|ATOM|ATOMG|RED|REDG|UBLKCP|UBLKRED)(\.\S+)?")
     written = places(text, r"STG(\.\S+)?")
     assert len(written) == (2 if asked.return_lse else 0), "the lse of the two rows that a thread shares"
