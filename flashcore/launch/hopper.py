@@ -32,6 +32,7 @@ _OPTIONAL = (  # parameters that are None where the problem does not use them
     "lse", "mask_desc", "seqused_k", "cu_seqlens_q", "cu_seqlens_k", "total_q", "total_k", "sequences", "cap", "left",
     "right",
 )  # fmt: skip
+_KEPT = 16 * 2**20  # bytes of K and V that stay in the L2, of which half an H100's SMs have 25 MiB near
 _BARRIERS, _BARRIERS_OF_WARPGROUPS = 64, 512  # bytes, rounded up
 _TYPES = {
     torch.float16: ("fp16", gl.float16), torch.bfloat16: ("bf16", gl.bfloat16), torch.float32: ("fp32", gl.float32),
@@ -44,9 +45,9 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
 
     A grid with a 0 in it means that there is nothing to compute and nothing must be launched.
     """
+    p = _in_groups(problem)
     if config.schedule == SPECIALIZED:
-        return _specialized(problem, config, scale, target)
-    p = problem
+        return _specialized(p, config, scale, target)
     block_d, block_dv = block_of(p.head_dim), block_of(p.head_dim_v)
     persistent = config.schedule == "persistent"
     pack = _pack(p, config)
@@ -191,6 +192,24 @@ def _mask(p: Problem, mask: Mask, config: Config) -> Tma:
 def _wide_ends(p: Problem, block_n: int) -> bool:
     """Whether the end of a sequence may be a whole tile instead of narrow ones: where it is one of a few tiles."""
     return p.ragged and not p.is_causal and narrow_tile(p, block_n) > 0 and p.seqlen_k <= 4 * block_n
+
+
+def _in_groups(p: Problem) -> Problem:
+    """Causal: some heads of a sequence as a batch of their own where all of its K and V would not stay in the L2, since
+    blocks go over all heads of a batch at once. Where its strides allow that.
+    """
+    groups, heads_kv = 1, p.heads_kv
+    while heads_kv % 2 == 0 and heads_kv * p.seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize > _KEPT:
+        groups, heads_kv = 2 * groups, heads_kv // 2
+    sizes = (p.heads_q, p.stride_q), (p.heads_kv, p.stride_k), (p.heads_kv, p.stride_v), (p.heads_q, p.stride_o)
+    even = p.batch == 1 or all(batch == heads * head for heads, (batch, head, _) in sizes)
+    if not p.is_causal or p.options or not even or groups == 1 or p.batch * groups > MAX_GRID_YZ:
+        return p
+    q, k, v, o = ((heads // groups * head, head, row) for heads, (_, head, row) in sizes)
+    return replace(
+        p, batch=p.batch * groups, heads_q=p.heads_q // groups, heads_kv=heads_kv,
+        stride_q=q, stride_k=k, stride_v=v, stride_o=o,
+    )  # fmt: skip
 
 
 def _pack(p: Problem, config: Config) -> int:

@@ -198,16 +198,6 @@ def test_descriptors(layout: str) -> None:
     assert {descriptor(bind(problem(dtype=torch.bfloat16)), name).dtype for name in "qkvo"} == {"bf16"}
 
 
-def test_causal_heads_that_share_keys_share_blocks() -> None:
-    asked = problem(3, 8, 200, 64, heads_kv=2, is_causal=True, layout="bshd")
-    binding = bind(asked)
-    assert (binding.constexprs["PACK"], binding.constexprs["GROUP"], binding.grid) == (4, 1, (2, 13, 3))
-    q, (sb, sh, sr) = descriptor(binding, "q"), asked.stride_q
-    assert (q.shape, q.strides, q.box) == ((3, 2, 200, 4, 64), (sb, 4 * sh, sr, sh, 1), (1, 1, 16, 4, 64))
-    for change in ({"is_causal": False}, {"heads_kv": 8}, {"heads_q": 6}, {"window": (9, 0)}, {"seqlen_q": 2**20}):
-        assert bind(dataclasses.replace(asked, **change)).constexprs["PACK"] == 1
-
-
 @pytest.mark.parametrize(
     ("dim", "columns", "parts"),
     [(8, 16, (16, 0)), (16, 16, (16, 0)), (24, 32, (32, 0)), (32, 32, (32, 0)), (40, 64, (64, 0)), (64, 64, (64, 0)),
