@@ -178,6 +178,8 @@ def _layouts(target: Target) -> Iterator[Variant]:
             yield from _chosen(problem, kernel, target)
         for v in _chosen(replace(base, is_causal=True), kernel, target):
             yield replace(v, negative=True)
+    shared = replace(base, is_causal=True, heads_kv=_HEADS // 4, stride_k=few, stride_v=few)  # one block's heads
+    yield from (Variant(shared, c, target) for c in select.candidates(shared, target) if c.kernel == "hopper")
     for is_causal, config in product((False, True), _specialized(target)):
         long = replace(_long(), is_causal=is_causal)
         few = (_HEADS // 4) * long.stride_k[1], *long.stride_k[1:]
