@@ -1,9 +1,10 @@
 """Which kernel and tile compute a problem: a pure function of the problem, the GPU and the shipped tuning table.
 
 The allow-list below holds every configuration that FlashCore ever runs. Each was compiled for its architecture with
-no register spilled for plain problems; in the portable kernel rows that are not 16-byte aligned spill some, and on
-sm_80 and sm_89 packed sequences with a soft cap and lse. A tuning table and the caller's block sizes only point into
-the list.
+no register spilled for plain problems, but for 8 and 16 bytes of two Hopper tiles between head dimensions 64 and 96,
+causal under Triton 3.6 or with lse; in the portable kernel rows that are not 16-byte aligned spill some, and on sm_80
+and sm_89 packed sequences with a soft cap and lse. A tuning table and the caller's block sizes only point into the
+list.
 """
 
 from __future__ import annotations
@@ -133,9 +134,9 @@ def padded(dim: int, aligned_rows: bool) -> int:
 
 
 # (block_m, block_n, num_warps, registers a thread) by the padded head dimension: plain ones, those for problems whose
-# last keys get a narrower tile of their own, those for causal blocks that take one tile of rows, whose diagonal gets
-# narrower ones, and those for others that hide some scores or want the lse from blocks that stay, which takes a few
-# registers more. With 96 registers 20 warps share an SM, with 128 16, with 168 12, with 255 8.
+# last keys get a tile of their own, those for causal blocks that take one tile of rows, whose diagonal gets narrower
+# ones, and those for others that hide some scores or want the lse from blocks that stay, which takes a few registers
+# more. With 96 registers 20 warps share an SM, with 128 16, with 168 12, with 255 8.
 _HOPPER: dict[int, tuple[tuple[_Tile, ...], ...]] = {
     32: (((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128), (64, 128, 4, 96)),
          ((64, 64, 4, 96), (64, 128, 4, 128)),

@@ -4,9 +4,9 @@ At D=128 the tile of one warpgroup takes the tensor cores 1,024 cycles and its s
 warpgroups fill an SM; what small blocks lose there is what each of them reads for itself. Here one warp loads Q, K and
 V through TMA, and every other warpgroup computes 64 rows against the same tiles of K and V:
 
-* three, each QK, softmax, PV strictly in turn: of three some other one always has products under way;
-* two where scores are hidden or the lse is wanted, which three have no registers for: each issues the next tile's QK
-  and this tile's PV together, under whose products its softmax runs (FlashAttention-3, Shah et al. 2024).
+* three, each QK, softmax, PV in turn: of three some other one always has products under way;
+* two where scores are hidden, which three have no registers for: each issues the next tile's QK and this tile's PV
+  together, under whose products its softmax runs (FlashAttention-3, Shah et al. 2024).
 
 One block fills an SM and stays for all its items; the next one's q comes once all have multiplied with this one's.
 docs/design/hopper-log.md has the measurements. No branch and no address depends on a value of q, k or v.
