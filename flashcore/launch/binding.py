@@ -108,7 +108,8 @@ def length_pointers(problem: Problem, block_m: int) -> dict[str, Pointer | Scala
 
 def narrow_tile(problem: Problem, block_n: int) -> int:
     """Keys of the Hopper kernel's narrow tiles, those at a sequence's end or, causal, on the diagonal; the others then
-    need no mask. A whole tile's where the end alone has a mask without being narrower, 0 where any tile may have one.
+    need no mask. A whole tile's where the last one or the diagonal's has a mask without being narrower: two tiles of
+    32 keys take longer than one of 64. 0 where any tile may have a mask.
     """
     p, rest = problem, problem.seqlen_k % block_n
     dim = max(p.head_dim, p.head_dim_v)
@@ -117,7 +118,7 @@ def narrow_tile(problem: Problem, block_n: int) -> int:
     if p.ragged:  # where they were measured to pay
         return block_n // 2 if dim <= 64 and not (p.is_causal and p.seqused_k) else 0
     if p.is_causal:
-        return block_n // 2
+        return min(block_n, 64)
     if rest == 0:
         return 0
     width = max(16, 1 << (rest - 1).bit_length())

@@ -100,6 +100,8 @@ def _hopper(p: Problem, target: Target) -> list[str]:
         why.append(f"it computes at most {MAX_LENGTH:,} rows and keys a sequence")
     if max(p.heads_q, p.batch, -(-p.seqlen_q // 64)) > MAX_GRID_YZ:
         why.append(f"it computes at most {MAX_GRID_YZ:,} heads, sequences and tiles of 64 query rows")
+    if p.is_causal and p.batch * p.heads_q**2 >= 2**32:
+        why.append("it finds a causal block's head by a 32-bit reciprocal, which is exact below 2**32 / heads of them")
     return why
 
 

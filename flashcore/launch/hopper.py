@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +33,7 @@ _OPTIONAL = (  # parameters that are None where the problem does not use them
     "lse", "mask_desc", "seqused_k", "cu_seqlens_q", "cu_seqlens_k", "total_q", "total_k", "sequences", "cap", "left",
     "right",
 )  # fmt: skip
-_KEPT = 16 * 2**20  # bytes of K and V that stay in the L2, of which half an H100's SMs have 25 MiB near
+_KEPT = 32 * 2**20  # bytes that stay in the L2, which has 50 MiB
 _BARRIERS, _BARRIERS_OF_WARPGROUPS = 64, 512  # bytes, rounded up
 _TYPES = {
     torch.float16: ("fp16", gl.float16), torch.bfloat16: ("bf16", gl.bfloat16), torch.float32: ("fp32", gl.float32),
@@ -45,9 +46,9 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
 
     A grid with a 0 in it means that there is nothing to compute and nothing must be launched.
     """
-    p = _in_groups(problem)
     if config.schedule == SPECIALIZED:
-        return _specialized(p, config, scale, target)
+        return _specialized(problem, config, scale, target)
+    p = problem
     block_d, block_dv = block_of(p.head_dim), block_of(p.head_dim_v)
     persistent = config.schedule == "persistent"
     pack = _pack(p, config)
@@ -109,7 +110,8 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
     elif persistent:
         grid = (min(items, target.sms * blocks_per_sm(p, config, target)), 1, 1)
     elif p.is_causal:
-        grid = (heads, row_tiles, p.batch)
+        at_once = _at_once(p, heads, items, target)
+        grid = (at_once, row_tiles, pairs // max(at_once, 1))
     else:
         grid = (row_tiles, heads, p.batch)
     # enable_fp_fusion: one FFMA for scale and maximum per score; its default is off from Triton 3.10 on.
@@ -194,29 +196,34 @@ def _wide_ends(p: Problem, block_n: int) -> bool:
     return p.ragged and not p.is_causal and narrow_tile(p, block_n) > 0 and p.seqlen_k <= 4 * block_n
 
 
-def _in_groups(p: Problem) -> Problem:
-    """Causal: some heads of a sequence as a batch of their own where all of its K and V would not stay in the L2, since
-    blocks go over all heads of a batch at once. Where its strides allow that.
+def _at_once(p: Problem, heads: int, items: int, target: Target) -> int:
+    """Of how many heads, of all batches, causal blocks start with those that see the most keys. With more of them the
+    last blocks to start are shorter and the SMs are done together. But blocks of a head read the same keys: its K and V
+    had better stay in the L2 meanwhile, and the fewer keys, the less computing hides that they do not.
     """
-    groups, heads_kv = 1, p.heads_kv
-    while heads_kv % 2 == 0 and heads_kv * p.seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize > _KEPT:
-        groups, heads_kv = 2 * groups, heads_kv // 2
-    sizes = (p.heads_q, p.stride_q), (p.heads_kv, p.stride_k), (p.heads_kv, p.stride_v), (p.heads_q, p.stride_o)
-    even = p.batch == 1 or all(batch == heads * head for heads, (batch, head, _) in sizes)
-    if not p.is_causal or p.options or not even or groups == 1 or p.batch * groups > MAX_GRID_YZ:
-        return p
-    q, k, v, o = ((heads // groups * head, head, row) for heads, (_, head, row) in sizes)
-    return replace(
-        p, batch=p.batch * groups, heads_q=p.heads_q // groups, heads_kv=heads_kv,
-        stride_q=q, stride_k=k, stride_v=v, stride_o=o,
-    )  # fmt: skip
+    row = (p.head_dim + p.head_dim_v) * p.dtype.itemsize
+    keys, queries = p.seqlen_k * row, p.seqlen_q * row  # bytes of a head
+    key_heads = p.batch * p.heads_kv
+    if items <= target.sms:
+        return heads  # one block an SM
+    if key_heads * keys + p.batch * p.heads_q * queries <= 2 * _KEPT:
+        return p.batch * heads
+    most = max(_KEPT * min(1.0, p.seqlen_k / 1024) ** 2, _KEPT / 32)
+    pairs = ((i, key_heads // i) for i in range(1, math.isqrt(key_heads) + 1) if key_heads % i == 0)
+    divisors = [d for pair in pairs for d in pair if key_heads // d <= MAX_GRID_YZ]
+    return heads // p.heads_kv * min(divisors, key=lambda d: abs(math.log(d * keys / most)))
 
 
 def _pack(p: Problem, config: Config) -> int:
-    """How many query heads' rows a block has: causal all that share a key head, for fewer positions on the diagonal."""
+    """How many query heads' rows a causal block has: all that share a key head, where they fill tiles of rows better
+    than one head's by more than what their diagonal, as wide for fewer positions, costs.
+    """
     plain = p.is_causal and not p.options and config.schedule == ""
-    rows = config.block_m // p.group
-    return p.group if plain and config.block_m % p.group == 0 and p.seqlen_q <= rows * MAX_GRID_YZ else 1
+    rows = config.block_m // p.group  # of a head
+    if not plain or config.block_m % p.group or p.seqlen_q > rows * MAX_GRID_YZ:
+        return 1
+    apart, together = (-(-p.seqlen_q // tile) * tile for tile in (config.block_m, rows))
+    return p.group if apart > 1.08 * together else 1
 
 
 def _slices(p: Problem, config: Config) -> int:

@@ -228,15 +228,15 @@ def _hopper_lengths(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[Config, ...]:
     return (*(replace(c, schedule="persistent") for c in stay), *flat)
 
 
-def _specialized(problem: Problem) -> tuple[Config, ...]:
+def _specialized(problem: Problem, target: Target) -> tuple[Config, ...]:
     """Blocks of warpgroups that share K and V: three, with 160 registers a thread, or two, with 240, where those are
     too few. At head dimensions up to 96 small blocks are faster.
     """
     p, dim = problem, max(problem.head_dim, problem.head_dim_v)
     if dim <= 96 or p.seqlen_k <= 128 or not _counts(p, 128):
         return ()
-    if p.is_causal and p.seqlen_q > p.seqlen_k:
-        return ()  # rows that see no key
+    if p.is_causal and (p.seqlen_q > p.seqlen_k or -(-p.seqlen_q // 128) * p.batch * p.heads_q < target.sms):
+        return ()  # rows that see no key, or fewer blocks than SMs
     three, two = (Config("hopper", m, 128, m // 16, 2, "specialized", r) for m, r in ((192, 160), (128, 240)))
     return (two,) if p.is_causal or p.seqlen_k % three.block_n else (three, two)
 
@@ -275,7 +275,7 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
         if schedule and dim > 80 and registers == 128 and (problem.is_causal or (dim > 96 and problem.seqlen_k % n)):
             continue  # narrow tiles and the next item together spill
         configs.append(Config("hopper", m, n, warps, 1, schedule, registers))
-    return (*configs, *_specialized(problem))
+    return (*configs, *_specialized(problem, target))
 
 
 def _counts(p: Problem, block_m: int) -> bool:

@@ -33,8 +33,9 @@ MAX_BYTES = 1 << 20  # a table of some hundred rows has about 100 KB
 MAX_TEXT = 200  # characters of a name in a row, and of a message
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
-# From so many heads in a batch on, every GPU has several waves of tiles, and more of them change no choice.
-MANY_HEADS = 512
+# From so many heads in a batch on, every GPU has many waves of tiles, whose keys do not stay in its L2, and more of
+# them change no choice.
+MANY_HEADS = 2048
 # A row speaks for problems within these factors of its lengths and heads, and of its head dimension.
 REACH = 4.0
 REACH_HEAD_DIM = 1.5

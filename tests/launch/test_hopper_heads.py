@@ -13,6 +13,7 @@ from flashcore.core.problem import Problem
 from flashcore.core.target import H100
 from flashcore.launch import hopper
 from flashcore.launch.binding import Binding, Tma
+from flashcore.launch.capability import reasons
 
 FLAT = Config("hopper", 64, 64, 4, 1, "", 128)
 
@@ -53,8 +54,10 @@ def test_heads_that_share_keys_share_blocks(layout: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"is_causal": False}, {"heads_kv": 8}, {"heads_q": 6}, {"window": (9, 0)}, {"seqlen_q": 2**20}]
-)
+    "change",
+    [{"is_causal": False}, {"heads_kv": 8}, {"heads_q": 6}, {"window": (9, 0)}, {"seqlen_q": 2**20}, {"seqlen_q": 256},
+     {"seqlen_q": 250}],
+)  # fmt: skip
 def test_heads_have_blocks_of_their_own(change: dict[str, Any]) -> None:
     assert bind(dataclasses.replace(problem(3, 8, 2, 200), **change)).constexprs["PACK"] == 1
 
@@ -66,23 +69,27 @@ def test_blocks_that_stay_have_one_head() -> None:
 @pytest.mark.parametrize(
     ("asked", "grid"),
     [
-        (problem(1, 32, 32, 16_384), (4, 256, 8)),  # 4 MiB of K and V a head
-        (problem(2, 32, 32, 8192), (8, 128, 8)),
-        (problem(1, 32, 8, 16_384, 128), (2, 1024, 4)),
-        (problem(8, 32, 32, 2048), (32, 32, 8)),
-        (problem(1, 3, 3, 2**19), (3, 8192, 1)),  # an odd number of heads
+        (problem(8, 8, 8, 128), (8, 2, 8)),  # a block for every SM
+        (problem(8, 8, 8, 512), (64, 8, 1)),
+        (problem(32, 8, 8, 1024), (128, 16, 2)),  # 32 MiB of K and V
+        (problem(64, 16, 16, 512), (64, 8, 16)),  # 8 MiB
+        (problem(128, 16, 16, 128), (32, 2, 64)),  # 1 MiB
+        (problem(1, 16, 16, 16_384), (8, 256, 2)),
+        (problem(8, 32, 8, 512, 128), (128, 8, 2)),
+        (problem(127, 16, 16, 512), (127, 8, 16)),
     ],
 )
-def test_heads_at_work_at_once_fit_into_the_l2(asked: Problem, grid: tuple[int, int, int]) -> None:
-    binding = bind(asked)
-    assert binding.grid == grid
-    shape, strides = descriptor(binding, "k").shape, descriptor(binding, "k").strides
-    assert shape[0] * shape[1] == asked.batch * asked.heads_kv
-    assert shape[0] == 1 or strides[0] == shape[1] * strides[1], "as many heads further on"
+def test_causal_heads_start_together_while_the_l2_has_their_keys(asked: Problem, grid: tuple[int, int, int]) -> None:
+    assert bind(asked).grid == grid
+    assert grid[0] * grid[2] == asked.batch * asked.heads_q and grid[0] % asked.group == 0
 
 
-def test_heads_are_one_group_where_strides_say_so() -> None:
-    apart = problem(2, 32, 32, 8192, layout="bshd")
-    assert bind(apart).grid == (32, 128, 2)
-    assert bind(dataclasses.replace(apart, batch=1)).grid == (8, 128, 4)
-    assert bind(dataclasses.replace(problem(2, 32, 32, 8192), is_causal=False)).grid == (128, 32, 2)
+def test_without_a_diagonal_blocks_are_as_long_as_each_other() -> None:
+    assert bind(dataclasses.replace(problem(8, 8, 8, 512), is_causal=False)).grid == (8, 8, 8)
+
+
+def test_heads_that_reciprocals_would_confuse_are_refused() -> None:
+    asked = problem(65_535, 257, 257, 16)
+    assert "reciprocal" in " ".join(reasons("hopper", asked, H100))
+    assert not reasons("hopper", dataclasses.replace(asked, batch=65_000), H100)
+    assert not reasons("hopper", dataclasses.replace(asked, is_causal=False), H100)

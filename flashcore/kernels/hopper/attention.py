@@ -156,8 +156,8 @@ def hide(s, row, key, seqlen_k, shift, left, right, CAUSAL: gl.constexpr, PACK: 
     layout: gl.constexpr = s.type.layout
     columns = gl.arange(0, s.shape[1], gl.SliceLayout(0, layout))[None, :]
     end = gl.full([s.shape[0]], seqlen_k - key, gl.int32, gl.SliceLayout(1, layout))  # first hidden column of a row
-    if CAUSAL:
-        end = gl.minimum(end, row + shift + 1 - key + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout)) // PACK)
+    if CAUSAL:  # the last row sees all keys, and those past it are nobody's
+        end = row + shift + 1 - key + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout)) // PACK
     if left is not None:
         diagonal = row + shift - key + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout))
         end = gl.minimum(end, diagonal + right + 1)
@@ -297,7 +297,7 @@ def attention_forward(
     position; heads are key heads then. LATE: let the next kernel start when this one ends, not at once. SORTED: if
     not 0, sequences with the most keys come first, of which there are at most this many: 32, 64 or 128. PERSISTENT: a
     one-dimensional grid of blocks that each take every gridDim-th item; else a grid of (row tiles, heads, batch), when
-    causal (heads, row tiles, batch).
+    causal (heads at once, row tiles, such groups of heads of all batches).
 
     None where an option is not in use. mask_desc: over the mask's own sizes, 1 where it is broadcast; MASK_B, MASK_H: 0
     where its batch or head is. cap: of the scores, before the mask is added. qk_scale has a factor of log2(e), without
@@ -370,12 +370,11 @@ def attention_forward(
     else:
         first, step = 0, 1
         if CAUSAL:
-            row_tile = row_tiles - 1 - gl.program_id(1)
-            head = gl.program_id(0)
+            pair = gl.program_id(2) * gl.num_programs(0) + gl.program_id(0)
+            batch = divide(pair, per_heads)
+            row_tile, head = row_tiles - 1 - gl.program_id(1), pair - batch * heads
         else:
-            row_tile = gl.program_id(0)
-            head = gl.program_id(1)
-        batch = gl.program_id(2)
+            row_tile, head, batch = gl.program_id(0), gl.program_id(1), gl.program_id(2)
     gdc_wait()  # the set-up above overlaps with whatever ran before in the stream; it has now written its results
     if sequences is not None:
         number = gl.num_programs(0) - 1 - gl.program_id(0) if CAUSAL else gl.program_id(0)
@@ -521,11 +520,12 @@ def attention_forward(
                 unit = qk_scale if cap is None and not BIAS else LOG2E
                 old_m = gl.convert_layout(m, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
                 m, base = maximum(s, old_m, unit, SINGLE, EMPTY_ROWS, EXACT)
-                s_parts = parts(s, 1 if part == NARROW else SLICES)
+                SLICED: gl.constexpr = SLICES if s.shape[1] == BLOCK_N else 1
+                s_parts = parts(s, SLICED)
                 if HIDE_PAIRS:
-                    mask_parts = parts(mask.broadcast_to(s.shape), SLICES)
+                    mask_parts = parts(mask.broadcast_to(s.shape), SLICED)
                 operands = ()  # of products under way
-                for nth in gl.static_range(1 if part == NARROW else SLICES):
+                for nth in gl.static_range(SLICED):
                     p, sums = weights(s_parts[nth], base, unit, L, EXACT)
                     if nth:
                         l += sums
