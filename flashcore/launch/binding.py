@@ -127,6 +127,18 @@ def narrow_tile(problem: Problem, block_n: int) -> int:
     return width
 
 
+def heads_of_a_block(problem: Problem, block_m: int) -> int:
+    """How many query heads' rows are a tile of the Hopper kernel's, where its blocks take one: all that share a key
+    head, where their rows fill tiles better than one head's by more than what it costs, boxes in parts and, causal, a
+    diagonal as wide for fewer positions.
+    """
+    p, rows = problem, block_m // problem.group  # of a head
+    if p.group == 1 or p.options or block_m % p.group:
+        return 1
+    apart, together = (-(-p.seqlen_q // tile) * tile for tile in (block_m, rows))
+    return p.group if apart > 1.08 * together else 1
+
+
 def packed_tiles(problem: Problem, block_m: int) -> int:
     """Numbers of tiles of packed rows, where blocks look up whose rows theirs are; 0 where a block's place says so.
 

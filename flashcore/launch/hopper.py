@@ -19,6 +19,7 @@ from flashcore.launch.binding import (
     Pointer,
     Scalar,
     Tma,
+    heads_of_a_block,
     length_pointers,
     narrow_tile,
     packed_tiles,
@@ -51,7 +52,7 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
     p = problem
     block_d, block_dv = block_of(p.head_dim), block_of(p.head_dim_v)
     persistent = config.schedule == "persistent"
-    pack = _pack(p, config)
+    pack = 1 if persistent else heads_of_a_block(p, config.block_m)
     rows, heads = config.block_m // pack, p.heads_q // pack  # of one head in a block; of the grid
     row_tiles = -(-p.seqlen_q // rows)
     pairs = heads * p.batch
@@ -212,18 +213,6 @@ def _at_once(p: Problem, heads: int, items: int, target: Target) -> int:
     pairs = ((i, key_heads // i) for i in range(1, math.isqrt(key_heads) + 1) if key_heads % i == 0)
     divisors = [d for pair in pairs for d in pair if key_heads // d <= MAX_GRID_YZ]
     return heads // p.heads_kv * min(divisors, key=lambda d: abs(math.log(d * keys / most)))
-
-
-def _pack(p: Problem, config: Config) -> int:
-    """How many query heads' rows a causal block has: all that share a key head, where they fill tiles of rows better
-    than one head's by more than what their diagonal, as wide for fewer positions, costs.
-    """
-    plain = p.is_causal and not p.options and config.schedule == ""
-    rows = config.block_m // p.group  # of a head
-    if not plain or config.block_m % p.group or p.seqlen_q > rows * MAX_GRID_YZ:
-        return 1
-    apart, together = (-(-p.seqlen_q // tile) * tile for tile in (config.block_m, rows))
-    return p.group if apart > 1.08 * together else 1
 
 
 def _slices(p: Problem, config: Config) -> int:

@@ -22,7 +22,7 @@ from flashcore.core.config import Config
 from flashcore.core.errors import UnsupportedError
 from flashcore.core.problem import Mask, Problem
 from flashcore.core.target import Target
-from flashcore.launch.binding import narrow_tile
+from flashcore.launch.binding import heads_of_a_block, narrow_tile
 from flashcore.launch.capability import needs_more_registers, reasons
 from flashcore.tuning import lookup
 
@@ -233,7 +233,7 @@ def _specialized(problem: Problem, target: Target) -> tuple[Config, ...]:
     too few. At head dimensions up to 96 small blocks are faster.
     """
     p, dim = problem, max(problem.head_dim, problem.head_dim_v)
-    if dim <= 96 or p.seqlen_k <= 128 or not _counts(p, 128):
+    if dim <= 96 or p.seqlen_k <= 128 or not _counts(p, 128) or heads_of_a_block(p, 64) > 1:
         return ()
     if p.is_causal and (p.seqlen_q > p.seqlen_k or -(-p.seqlen_q // 128) * p.batch * p.heads_q < target.sms):
         return ()  # rows that see no key, or fewer blocks than SMs
@@ -268,7 +268,7 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
             continue
         if registers == 96 and n == 128 and (problem.is_causal or not single):
             continue  # nothing but one pass without a mask fits
-        if schedule and (single or not _counts(problem, m)):
+        if schedule and (single or not _counts(problem, m) or heads_of_a_block(problem, m) > 1):
             continue
         if schedule and registers == n == 128 and 32 < dim <= 64 and fitting is not plain:
             continue  # masks and the next item together spill
@@ -321,8 +321,12 @@ def select(
         tiles = ", ".join(f"{m}x{n}" for m, n in sorted({(c.block_m, c.block_n) for c in allowed}))
         asked = " x ".join("any" if size is None else str(size) for size in (block_m, block_n))
         raise ValueError(f"block_m, block_n: expected one of {tiles} for this problem on {target.name}, got {asked}")
-    rows = () if problem.options else _rows(target)  # the table knows plain and causal problems
-    row = lookup.nearest(problem, (row for row in rows if row.config in chosen))
+    known = {} if problem.options else _rows(target)  # the table knows plain and causal problems
+    rows = sorted(placed for config in chosen for placed in known.get((config, problem.is_causal), ()))
+    shared = heads_of_a_block(problem, 64)  # those that the Hopper kernel's blocks have at once are as one of more rows
+    if shared > 1 and chosen[0].kernel == "hopper":
+        problem = replace(problem, heads_q=problem.heads_kv, seqlen_q=problem.seqlen_q * shared)
+    row = lookup.nearest(problem, (row for _, row in rows))
     return row.config if row else _by_rule(problem, target, chosen)
 
 
@@ -354,8 +358,10 @@ def _spills(p: Problem, config: Config) -> bool:
 
 
 @cache
-def _rows(target: Target) -> tuple[lookup.Row, ...]:
-    """The tuning table's rows for this architecture whose configuration is on the allow-list of their own problem."""
+def _rows(target: Target) -> dict[tuple[Config, bool], list[tuple[int, lookup.Row]]]:
+    """The tuning table's rows for this architecture whose configuration is on the allow-list of their own problem, with
+    their places in it: by configuration and whether they are causal, since every new problem asks.
+    """
     rows = {row: _listed(row, target) for row in lookup.table(target.arch)}
     unknown = [row for row, listed in rows.items() if listed is not None and row.config not in listed]
     if unknown:
@@ -363,7 +369,11 @@ def _rows(target: Target) -> tuple[lookup.Row, ...]:
             f"tuning table for sm_{target.arch}: {len(unknown)} rows name a configuration that is not on the"
             f" allow-list and are not used, the first is {unknown[0].config}", RuntimeWarning, stacklevel=2
         )  # fmt: skip
-    return tuple(row for row, listed in rows.items() if listed is not None and row.config in listed)
+    known: dict[tuple[Config, bool], list[tuple[int, lookup.Row]]] = {}
+    for place, (row, listed) in enumerate(rows.items()):
+        if listed is not None and row.config in listed:
+            known.setdefault((row.config, row.is_causal), []).append((place, row))
+    return known
 
 
 def _listed(row: lookup.Row, target: Target) -> tuple[Config, ...] | None:

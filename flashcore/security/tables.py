@@ -298,7 +298,7 @@ def hostile(
                     off += sum(config not in allowed[p] for p, config in read(folder))
                     if kind in NEVER_TAKEN and read is choices:
                         with tables_in(folder):
-                            taken += len(select._rows(H100))
+                            taken += sum(map(len, select._rows(H100).values()))
             except (Exception, _Waited) as error:
                 crashes[f"{kind}: {type(error).__name__}"] += 1
             _remove(folder)

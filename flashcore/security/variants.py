@@ -178,8 +178,10 @@ def _layouts(target: Target) -> Iterator[Variant]:
             yield from _chosen(problem, kernel, target)
         for v in _chosen(replace(base, is_causal=True), kernel, target):
             yield replace(v, negative=True)
-    shared = replace(base, is_causal=True, heads_kv=_HEADS // 4, stride_k=few, stride_v=few)  # one block's heads
-    yield from (Variant(shared, c, target) for c in select.candidates(shared, target) if c.kernel == "hopper")
+    shared = replace(base, is_causal=True, heads_kv=_HEADS // 4, stride_k=few, stride_v=few)
+    for rows in (_SEQLEN, _SEQLEN // 64 * 64):  # of one block's heads, and of a head alone
+        p = replace(shared, seqlen_q=rows)
+        yield from (Variant(p, c, target) for c in select.candidates(p, target) if c.kernel == "hopper")
     for is_causal, config in product((False, True), _specialized(target)):
         long = replace(_long(), is_causal=is_causal)
         few = (_HEADS // 4) * long.stride_k[1], *long.stride_k[1:]
@@ -188,8 +190,9 @@ def _layouts(target: Target) -> Iterator[Variant]:
             yield Variant(long, config, target, negative=True)
 
 
-def _specialized(target: Target) -> list[Config]:
-    return [c for c in select.candidates(_long(), target) if c.schedule == "specialized"]
+def _specialized(target: Target, is_causal: bool = False) -> list[Config]:
+    long = replace(_long(), is_causal=is_causal)
+    return [c for c in select.candidates(long, target) if c.schedule == "specialized"]
 
 
 def _long() -> Problem:
@@ -210,8 +213,11 @@ def _controls(target: Target) -> Iterator[Variant]:
     }  # fmt: skip
     for kernel in select.KERNELS:
         for control in CONTROLS[kernel]:
-            for v in _chosen(problems[control], kernel, target):
-                yield replace(v, control=control)
+            problem = problems[control]
+            found = list(_chosen(problem, kernel, target))
+            if found and control == "specialized rescale":
+                found = [Variant(problem, c, target) for c in _specialized(target, is_causal=True)]
+            yield from (replace(v, control=control) for v in found)
 
 
 def _chosen(problem: Problem, kernel: str, target: Target) -> Iterator[Variant]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import stat
 import tempfile
@@ -93,19 +92,18 @@ def nearest(problem: Problem, rows: Iterable[Row]) -> Row | None:
     dtype wins a tie, then the first.
     """
     best: tuple[tuple[float, bool], Row] | None = None
+    heads = min(problem.batch * problem.heads_q, MANY_HEADS)
     for candidate in rows:
         if candidate.is_causal != problem.is_causal:
             continue
         head_dim = _ratio(candidate.head_dim, problem.head_dim)
-        ratios = (
-            _ratio(candidate.seqlen_q, problem.seqlen_q),
-            _ratio(candidate.seqlen_k, problem.seqlen_k),
-            _ratio(min(candidate.heads, MANY_HEADS), min(problem.batch * problem.heads_q, MANY_HEADS)),
-        )
-        if max(ratios) > REACH or head_dim > REACH_HEAD_DIM:
+        if head_dim > REACH_HEAD_DIM or (queries := _ratio(candidate.seqlen_q, problem.seqlen_q)) > REACH:
+            continue
+        keys, many = _ratio(candidate.seqlen_k, problem.seqlen_k), _ratio(min(candidate.heads, MANY_HEADS), heads)
+        if keys > REACH or many > REACH:
             continue
         unlike = _unlike(candidate.seqlen_k, problem.seqlen_k)
-        distance = (math.prod(ratios) * head_dim * unlike, DTYPES[candidate.dtype] != problem.dtype)
+        distance = (queries * keys * many * head_dim * unlike, DTYPES[candidate.dtype] != problem.dtype)
         if best is None or distance < best[0]:
             best = distance, candidate
     return best[1] if best else None
@@ -119,7 +117,7 @@ def _unlike(keys: int, others: int) -> float:
 
 def _ratio(a: int, b: int) -> float:
     a, b = max(a, 1), max(b, 1)
-    return max(a, b) / min(a, b)
+    return a / b if a > b else b / a
 
 
 @cache

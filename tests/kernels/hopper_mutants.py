@@ -39,7 +39,7 @@ BOUNDS = {  # of packed sequences
 class Trial:
     """One problem and one configuration; together they touch every line that a fault is planted in."""
 
-    shape: Shape = Shape(2, 4, 200, 64, heads_kv=2, seqlen_k=300)
+    shape: Shape = Shape(2, 4, 230, 64, heads_kv=2, seqlen_k=300)
     family: str = "independent"
     layouts: tuple[str, str, str] = ("contiguous",) * 3
     out: str = "contiguous"
@@ -56,6 +56,8 @@ TRIALS = {
     "wide": Trial(options={"scale": 0.5}),
     "negative scale": Trial(options={"scale": -0.3}),
     "causal": Trial(options={"is_causal": True}),
+    "causal, heads in one block": Trial(Shape(2, 4, 200, 64, heads_kv=2, seqlen_k=300), options={"is_causal": True}),
+    "heads in one block": Trial(Shape(2, 4, 200, 64, heads_kv=2, seqlen_k=300)),
     "causal lengths": Trial(options={"is_causal": True}, extra="lengths"),
     "blind": Trial(Shape(1, 2, 200, 64, seqlen_k=70), options={"is_causal": True}),
     "window": Trial(options={"window": (70, 10)}),
@@ -66,15 +68,15 @@ TRIALS = {
     "bias, persistent": Trial(Shape(8, 16, 320, 64, heads_kv=4, seqlen_k=192), extra="bias", config=STAYS),
     "mask": Trial(extra="mask"),
     "lengths": Trial(extra="lengths"),
-    "few lengths": Trial(Shape(2, 4, 200, 64, heads_kv=2, seqlen_k=256), extra="lengths"),
+    "few lengths": Trial(Shape(2, 4, 230, 64, heads_kv=2, seqlen_k=256), extra="lengths"),
     "sorted": Trial(Shape(40, 8, 128, 64, heads_kv=4, seqlen_k=192), extra="lengths"),
     "sorted, persistent": Trial(Shape(40, 8, 128, 64, heads_kv=4, seqlen_k=192), extra="lengths", config=STAYS),
     "packed": Trial(Shape(1, 4, 150, 64, heads_kv=2, seqlen_k=150), extra="packed"),
     "packed, short": Trial(Shape(1, 4, 238, 64, heads_kv=2, seqlen_k=238), extra="short"),
     "persistent": Trial(Shape(40, 16, 128, 64, heads_kv=4, seqlen_k=192), config=STAYS),
-    "narrow tile": Trial(Shape(2, 4, 200, 64, heads_kv=2, seqlen_k=265)),
+    "narrow tile": Trial(Shape(2, 4, 230, 64, heads_kv=2, seqlen_k=265)),
     "narrow tile, persistent": Trial(Shape(40, 16, 128, 64, heads_kv=4, seqlen_k=210), config=STAYS),
-    "columns": Trial(Shape(2, 4, 200, 88, heads_kv=2, seqlen_k=300)),
+    "columns": Trial(Shape(2, 4, 230, 88, heads_kv=2, seqlen_k=300)),
     "shared": Trial(Shape(2, 4, 400, 128, heads_kv=2, seqlen_k=512), config=THREE),
     "shared, many": Trial(Shape(10, 16, 400, 128, heads_kv=4, seqlen_k=256), config=THREE),
     "shared, negative": Trial(Shape(1, 2, 200, 128, seqlen_k=300), options={"scale": -0.1}, config=TWO),

@@ -11,7 +11,7 @@ import torch
 from flashcore.core.config import Config
 from flashcore.core.problem import Problem
 from flashcore.core.target import H100
-from flashcore.launch import hopper
+from flashcore.launch import hopper, select
 from flashcore.launch.binding import Binding, Tma
 from flashcore.launch.capability import reasons
 
@@ -39,12 +39,14 @@ def descriptor(binding: Binding, name: str) -> Tma:
     return found
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
-def test_heads_that_share_keys_share_blocks(layout: str) -> None:
-    asked = problem(3, 8, 2, 200, layout=layout)
+def test_heads_that_share_keys_share_blocks(layout: str, is_causal: bool) -> None:
+    asked = dataclasses.replace(problem(3, 8, 2, 200, layout=layout), is_causal=is_causal)
     binding = bind(asked)
     assert (binding.constexprs["PACK"], binding.constexprs["GROUP"]) == (4, 1)
-    assert binding.grid == (2, 13, 3), "16 positions of four heads are the rows of a block"
+    grid = (2, 13, 3) if is_causal else (13, 2, 3)
+    assert binding.grid == grid, "16 positions of four heads are the rows of a block"
     sb, sh, sr = asked.stride_q
     for name in "qo":
         found = descriptor(binding, name)
@@ -55,15 +57,27 @@ def test_heads_that_share_keys_share_blocks(layout: str) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"is_causal": False}, {"heads_kv": 8}, {"heads_q": 6}, {"window": (9, 0)}, {"seqlen_q": 2**20}, {"seqlen_q": 256},
+    [{"heads_kv": 8}, {"heads_q": 6}, {"window": (9, 0)}, {"seqlen_q": 2**20}, {"seqlen_q": 256},
      {"seqlen_q": 250}],
 )  # fmt: skip
 def test_heads_have_blocks_of_their_own(change: dict[str, Any]) -> None:
     assert bind(dataclasses.replace(problem(3, 8, 2, 200), **change)).constexprs["PACK"] == 1
 
 
-def test_blocks_that_stay_have_one_head() -> None:
-    assert bind(problem(3, 8, 2, 200), dataclasses.replace(FLAT, schedule="persistent")).constexprs["PACK"] == 1
+def test_blocks_that_stay_have_one_head_and_serve_where_that_is_enough() -> None:
+    stays = dataclasses.replace(FLAT, schedule="persistent")
+    assert bind(problem(3, 8, 2, 200), stays).constexprs["PACK"] == 1
+    assert {"", "persistent"} <= {c.schedule for c in select.candidates(problem(3, 8, 2, 256), H100)}
+    assert {c.schedule for c in select.candidates(problem(3, 8, 2, 200), H100) if c.kernel == "hopper"} == {""}
+
+
+def test_heads_in_one_block_are_looked_up_as_one_head_of_all_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Problem] = []
+    monkeypatch.setattr(select.lookup, "nearest", lambda problem, rows: asked.append(problem))
+    for found in (problem(3, 8, 2, 200), problem(3, 8, 2, 256), problem(3, 8, 8, 200)):
+        select.select(found, H100)
+    sizes = [(p.batch * p.heads_q, p.seqlen_q, p.seqlen_k) for p in asked]
+    assert sizes == [(6, 800, 200), (24, 256, 256), (24, 200, 200)]
 
 
 @pytest.mark.parametrize(
