@@ -127,7 +127,7 @@ def narrow_tile(problem: Problem, block_n: int) -> int:
     return width
 
 
-def heads_of_a_block(problem: Problem, block_m: int) -> int:
+def pack_gqa(problem: Problem, block_m: int) -> int:
     """How many query heads' rows are a tile of the Hopper kernel's, where its blocks take one: all that share a key
     head, where their rows fill tiles better than one head's by more than what it costs, boxes in parts and, causal, a
     diagonal as wide for fewer positions.

@@ -19,9 +19,9 @@ from flashcore.launch.binding import (
     Pointer,
     Scalar,
     Tma,
-    heads_of_a_block,
     length_pointers,
     narrow_tile,
+    pack_gqa,
     packed_tiles,
     score_scalars,
 )
@@ -52,7 +52,7 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
     p = problem
     block_d, block_dv = block_of(p.head_dim), block_of(p.head_dim_v)
     persistent = config.schedule == "persistent"
-    pack = 1 if persistent else heads_of_a_block(p, config.block_m)
+    pack = 1 if persistent else pack_gqa(p, config.block_m)
     rows, heads = config.block_m // pack, p.heads_q // pack  # of one head in a block; of the grid
     row_tiles = -(-p.seqlen_q // rows)
     pairs = heads * p.batch
@@ -66,7 +66,7 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
         name: str, extent: tuple[int, int, int | None], columns: int, strides: Strides, box: tuple[int, int]
     ) -> Tma:
         if pack > 1 and name in "qo":
-            return _packed(p, name, pack, columns, strides, (rows, box[1]))
+            return _gqa_rows(p, name, pack, columns, strides, (rows, box[1]))
         heads, length, total = extent
         if total is None:
             return _plain(p, name, (heads, length, columns), strides, box)
@@ -104,7 +104,7 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
         **dict(zip(("DV", "MORE_DV"), columns(p.head_dim_v), strict=True)), "WARPS": config.num_warps,
         "SLICES": _slices(p, config), "LATE": items > 2 * target.sms, "SORTED": _sorted(p, config, items, target),
         "MASK_B": int(p.mask is not None and p.mask.strides[0] != 0),
-        "MASK_H": int(p.mask is not None and p.mask.strides[1] != 0), "PACK": pack,
+        "MASK_H": int(p.mask is not None and p.mask.strides[1] != 0), "PACK_GQA": pack,
     }  # fmt: skip
     if numbers := packed_tiles(p, config.block_m):
         grid = (numbers, p.heads_q, 1)
@@ -167,7 +167,7 @@ def _plain(p: Problem, name: str, extent: tuple[int, int, int], strides: Strides
     return _descriptor(name, p.dtype, shape, (*_steps(shape, strides), 1), (1, 1, *box))
 
 
-def _packed(p: Problem, name: str, pack: int, columns: int, strides: Strides, box: tuple[int, int]) -> Tma:
+def _gqa_rows(p: Problem, name: str, pack: int, columns: int, strides: Strides, box: tuple[int, int]) -> Tma:
     """Over [batch, key heads, rows, query heads of a key head, columns]: a box has all of these for some rows."""
     rows, width = box
     sb, sh, sr = _steps((p.batch, p.heads_q, p.seqlen_q, columns), strides)

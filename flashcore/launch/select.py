@@ -22,7 +22,7 @@ from flashcore.core.config import Config
 from flashcore.core.errors import UnsupportedError
 from flashcore.core.problem import Mask, Problem
 from flashcore.core.target import Target
-from flashcore.launch.binding import heads_of_a_block, narrow_tile
+from flashcore.launch.binding import narrow_tile, pack_gqa
 from flashcore.launch.capability import needs_more_registers, reasons
 from flashcore.tuning import lookup
 
@@ -233,7 +233,7 @@ def _specialized(problem: Problem, target: Target) -> tuple[Config, ...]:
     too few. At head dimensions up to 96 small blocks are faster.
     """
     p, dim = problem, max(problem.head_dim, problem.head_dim_v)
-    if dim <= 96 or p.seqlen_k <= 128 or not _counts(p, 128) or heads_of_a_block(p, 64) > 1:
+    if dim <= 96 or p.seqlen_k <= 128 or not _counts(p, 128) or pack_gqa(p, 64) > 1:
         return ()
     if p.is_causal and (p.seqlen_q > p.seqlen_k or -(-p.seqlen_q // 128) * p.batch * p.heads_q < target.sms):
         return ()  # rows that see no key, or fewer blocks than SMs
@@ -268,7 +268,7 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
             continue
         if registers == 96 and n == 128 and (problem.is_causal or not single):
             continue  # nothing but one pass without a mask fits
-        if schedule and (single or not _counts(problem, m) or heads_of_a_block(problem, m) > 1):
+        if schedule and (single or not _counts(problem, m) or pack_gqa(problem, m) > 1):
             continue
         if schedule and registers == n == 128 and 32 < dim <= 64 and fitting is not plain:
             continue  # masks and the next item together spill
@@ -323,9 +323,8 @@ def select(
         raise ValueError(f"block_m, block_n: expected one of {tiles} for this problem on {target.name}, got {asked}")
     known = {} if problem.options else _rows(target)  # the table knows plain and causal problems
     rows = sorted(placed for config in chosen for placed in known.get((config, problem.is_causal), ()))
-    shared = heads_of_a_block(problem, 64)  # those that the Hopper kernel's blocks have at once are as one of more rows
-    if shared > 1 and chosen[0].kernel == "hopper":
-        problem = replace(problem, heads_q=problem.heads_kv, seqlen_q=problem.seqlen_q * shared)
+    if chosen[0].kernel == "hopper" and (heads := pack_gqa(problem, 64)) > 1:  # as one head of all their rows
+        problem = replace(problem, heads_q=problem.heads_kv, seqlen_q=problem.seqlen_q * heads)
     row = lookup.nearest(problem, (row for _, row in rows))
     return row.config if row else _by_rule(problem, target, chosen)
 

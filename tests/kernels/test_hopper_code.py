@@ -158,7 +158,7 @@ def test_tensors_go_through_tma_alone(asked: Problem, config: Config) -> None:
     refills += 2 if narrow_tile(asked, config.block_n) else 0  # q's behind the last tile, which then is a narrow one
     loads, stores = places(text, r"UTMALDG[.\w]*"), places(text, r"UTMASTG[.\w]*")
     assert len(loads) == 3 + refills and len(stores) == 1
-    packed = hopper.bind(asked, config, 0.125, H100).constexprs["PACK"] > 1
+    packed = hopper.bind(asked, config, 0.125, H100).constexprs["PACK_GQA"] > 1
     dimensions = Counter(re.search(r"\.(\dD)", text[i])[1] for i in (*loads, *stores))
     assert dimensions == {"4D": 2 + refills, "5D": 2} if packed else {"4D": 4 + refills}
     assert not places(text, r"(LDG|LD|LDGSTS|LDL|STL|ST|ATOM|ATOMG|RED|REDG|UBLKCP|UBLKRED)(\.\S+)?")

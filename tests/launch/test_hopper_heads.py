@@ -44,7 +44,7 @@ def descriptor(binding: Binding, name: str) -> Tma:
 def test_heads_that_share_keys_share_blocks(layout: str, is_causal: bool) -> None:
     asked = dataclasses.replace(problem(3, 8, 2, 200, layout=layout), is_causal=is_causal)
     binding = bind(asked)
-    assert (binding.constexprs["PACK"], binding.constexprs["GROUP"]) == (4, 1)
+    assert (binding.constexprs["PACK_GQA"], binding.constexprs["GROUP"]) == (4, 1)
     grid = (2, 13, 3) if is_causal else (13, 2, 3)
     assert binding.grid == grid, "16 positions of four heads are the rows of a block"
     sb, sh, sr = asked.stride_q
@@ -61,12 +61,12 @@ def test_heads_that_share_keys_share_blocks(layout: str, is_causal: bool) -> Non
      {"seqlen_q": 250}],
 )  # fmt: skip
 def test_heads_have_blocks_of_their_own(change: dict[str, Any]) -> None:
-    assert bind(dataclasses.replace(problem(3, 8, 2, 200), **change)).constexprs["PACK"] == 1
+    assert bind(dataclasses.replace(problem(3, 8, 2, 200), **change)).constexprs["PACK_GQA"] == 1
 
 
 def test_blocks_that_stay_have_one_head_and_serve_where_that_is_enough() -> None:
     stays = dataclasses.replace(FLAT, schedule="persistent")
-    assert bind(problem(3, 8, 2, 200), stays).constexprs["PACK"] == 1
+    assert bind(problem(3, 8, 2, 200), stays).constexprs["PACK_GQA"] == 1
     assert {"", "persistent"} <= {c.schedule for c in select.candidates(problem(3, 8, 2, 256), H100)}
     assert {c.schedule for c in select.candidates(problem(3, 8, 2, 200), H100) if c.kernel == "hopper"} == {""}
 

@@ -151,13 +151,13 @@ def _key_tiles(row, seqlen_k, shift, left, right, BLOCK_M: gl.constexpr, BLOCK_N
 
 
 @gluon.jit
-def hide(s, row, key, seqlen_k, shift, left, right, CAUSAL: gl.constexpr, PACK: gl.constexpr = 1):
-    """-inf for keys past the end and those that a row does not see; PACK rows are a position, the last one sees all."""
+def hide(s, row, key, seqlen_k, shift, left, right, CAUSAL: gl.constexpr, PACK_GQA: gl.constexpr = 1):
+    """-inf for keys past the end and those that a row does not see. PACK_GQA rows are one position."""
     layout: gl.constexpr = s.type.layout
     columns = gl.arange(0, s.shape[1], gl.SliceLayout(0, layout))[None, :]
     end = gl.full([s.shape[0]], seqlen_k - key, gl.int32, gl.SliceLayout(1, layout))  # first hidden column of a row
-    if CAUSAL:  # the last row sees all keys, and those past it are nobody's
-        end = row + shift + 1 - key + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout)) // PACK
+    if CAUSAL:  # the last position sees all keys, and rows past it are nobody's
+        end = row + shift + 1 - key + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout)) // PACK_GQA
     if left is not None:
         diagonal = row + shift - key + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout))
         end = gl.minimum(end, diagonal + right + 1)
@@ -285,7 +285,7 @@ def attention_forward(
     ENDS: gl.constexpr, EMPTY_ROWS: gl.constexpr, NEGATE: gl.constexpr, PERSISTENT: gl.constexpr, BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr, MORE_D: gl.constexpr, DV: gl.constexpr, MORE_DV: gl.constexpr,
     WARPS: gl.constexpr, SLICES: gl.constexpr, LATE: gl.constexpr, SORTED: gl.constexpr, MASK_B: gl.constexpr,
-    MASK_H: gl.constexpr, PACK: gl.constexpr,
+    MASK_H: gl.constexpr, PACK_GQA: gl.constexpr,
 ):  # fmt: skip
     """softmax(q k^T) v over 4-D descriptors [batch, heads, rows, columns] whose boxes are one tile.
 
@@ -293,7 +293,7 @@ def attention_forward(
     copy of the loop's body of their own, else 0; then no other hides any, but with ENDS a whole one for an end that
     fills more of it than a narrow one. EMPTY_ROWS: some rows see no key. NEGATE: the scale is negative, qk_scale its
     magnitude. D + MORE_D and DV + MORE_DV: the columns of a box that are multiplied, in one part or two. SLICES: in how
-    many PV takes the keys of a whole tile. PACK: query heads of a key head whose rows a block has, position by
+    many PV takes the keys of a whole tile. PACK_GQA: query heads of a key head whose rows a block has, position by
     position; heads are key heads then. LATE: let the next kernel start when this one ends, not at once. SORTED: if
     not 0, sequences with the most keys come first, of which there are at most this many: 32, 64 or 128. PERSISTENT: a
     one-dimensional grid of blocks that each take every gridDim-th item; else a grid of (row tiles, heads, batch), when
@@ -307,7 +307,7 @@ def attention_forward(
     _tile_of has them.
     """
     dtype: gl.constexpr = q_desc.dtype
-    ROWS: gl.constexpr = BLOCK_M // PACK  # of a sequence
+    ROWS: gl.constexpr = BLOCK_M // PACK_GQA  # of a sequence
     BLOCK_D: gl.constexpr = q_desc.block_shape[-1]
     BLOCK_DV: gl.constexpr = v_desc.block_shape[-1]
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 16])
@@ -401,7 +401,7 @@ def attention_forward(
     row = row_tile * ROWS
     key = begin * BLOCK_N
     length = gl.maximum(seqlen_k, 1) if RAGGED else seqlen_k
-    if PACK > 1:
+    if PACK_GQA > 1:
         tma_load(q_desc, [batch, head, row, 0, 0], q_full, q_box)
     else:
         _load(q_desc, batch, head, first_q, seqlen_q, longest_q, row, q_full, q_box, exists)
@@ -511,10 +511,10 @@ def attention_forward(
                 if mask_desc is not None:
                     s = _apply_mask(s, mask, qk_scale if cap is None else 1.0, not HIDE_PAIRS)
                 if (SINGLE and MASKED) or part:
-                    s = hide(s, row, key, seqlen_k, shift, left, right, CAUSAL, PACK)
+                    s = hide(s, row, key, seqlen_k, shift, left, right, CAUSAL, PACK_GQA)
                 elif MASKED and not TAIL:
                     if ((tile + 1) * BLOCK_N > visible) | (key < hidden):
-                        s = hide(s, row, key, seqlen_k, shift, left, right, CAUSAL, PACK)
+                        s = hide(s, row, key, seqlen_k, shift, left, right, CAUSAL, PACK_GQA)
                 if not STAYS:  # asked for with K: nothing to wait for, and no branch within the softmax
                     mbarrier.wait(v_full, loads & 1)
                 unit = qk_scale if cap is None and not BIAS else LOG2E
@@ -582,15 +582,15 @@ def attention_forward(
         if cu_seqlens_q is not None:
             tma_store(o_desc, [batch, head, first_q + seqlen_q, longest_q - seqlen_q + row, 0], o_box)
         else:
-            tma_store(o_desc, [batch, head, row, 0, 0] if PACK > 1 else [batch, head, row, 0], o_box)
+            tma_store(o_desc, [batch, head, row, 0, 0] if PACK_GQA > 1 else [batch, head, row, 0], o_box)
         if lse is not None:
             place = gl.arange(0, BLOCK_M, gl.SliceLayout(1, S))
-            rows = row + place // PACK
+            rows = row + place // PACK_GQA
             total = gl.convert_layout(total, gl.SliceLayout(1, S), assert_trivial=True)
             if cu_seqlens_q is not None:
                 base = head.to(gl.int64) * total_q + first_q
             else:
-                base = ((batch.to(gl.int64) * heads + head) * PACK + place % PACK) * seqlen_q
+                base = ((batch.to(gl.int64) * heads + head) * PACK_GQA + place % PACK_GQA) * seqlen_q
             gl.store(lse + base + rows, (m if EXACT else m * LN2) + gl.log(total), mask=rows < seqlen_q)
         row_tile, head, batch = next_row_tile, next_head, next_batch
         if PERSISTENT and seqused_k is not None:
