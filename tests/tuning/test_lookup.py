@@ -184,3 +184,9 @@ def test_half_a_tile_of_128_is_like_other_halves() -> None:
     whole, half = at(seqlen_q=256, seqlen_k=256), at(seqlen_q=320, seqlen_k=320, block_n=64)
     for seqlen, speaks in ((384, whole), (448, half), (192, half)):
         assert nearest(asked(seqlen_q=seqlen, seqlen_k=seqlen), (whole, half)) == speaks
+
+
+def test_rows_that_lie_across_lines_speak_for_their_like() -> None:
+    whole, across = at(head_dim=64), at(head_dim=40, block_n=128)
+    for head_dim, speaks in ((56, across), (48, across), (64, whole), (32, across)):
+        assert nearest(asked(head_dim=head_dim), (whole, across)) == speaks
