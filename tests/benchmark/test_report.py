@@ -181,12 +181,19 @@ def test_an_incomplete_run_is_not_reported(tmp_path: Path) -> None:
 def test_a_row_for_each_suite(root: Path) -> None:
     (root / "docs" / "guide.md").write_text("<!-- results:suites -->\n<!-- /results -->\n")
     results.write(root / "results" / "b1.json", records.peers("b1", SUITES["b1"]))
-    results.write(root / "results" / "h200.json", records.peers("mid", [], environment=records.environment("H200")))
+    here = records.peers("b1", SUITES["b1"])
+    there = records.elsewhere(here, "NVIDIA H200", ours=0.8, others=0.4)
+    results.write(root / "results" / "h200.json", there)
+    results.write(root / "results" / "mid.json", records.peers("mid", [], environment=records.environment("A100")))
     report.write(root)
-    rows = [line for line in (root / "docs" / "guide.md").read_text().splitlines() if line.startswith("| ")]
-    assert rows[2:] == [
-        f"| {title} | {n} | 1.50x (1.50 to 1.50) | 1.50x (1.50 to 1.50) | 2001-01-01 |"
-        for title, n in (("The nine configurations", 9), ("One sequence", 3))
+    header, _, *rows = (line for line in (root / "docs" / "guide.md").read_text().splitlines() if line.startswith("|"))
+    assert header == f"| Suite | {records.GPU} | NVIDIA H200 |"
+    ahead, behind = "1.50x (1.50 to 1.50), 2001-01-01", "0.75x (0.75 to 0.75), 2001-01-01"
+    assert rows == [
+        f"| The nine configurations | {ahead} | - |",
+        f"| The nine configurations, inputs cold | {ahead} | - |",
+        f"| One sequence | {ahead} | {behind} |",
+        f"| One sequence, inputs cold | {ahead} | {behind} |",
     ]
 
 
