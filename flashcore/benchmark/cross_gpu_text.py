@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +66,29 @@ def _validated(validations: dict[str, Record]) -> Iterator[str]:
     yield from table(header, rows)
 
 
-def _compared(gpus: Sequence[str], peers: dict[str, dict[str, Record]]) -> Iterator[str]:
-    """The geometric mean of the ratios to the best peer: a row for each suite and clock, a column for each GPU."""
+def beside_peers(
+    gpus: Sequence[str], peers: dict[str, dict[str, Record]], cell: Callable[[Record, list[float]], str]
+) -> list[tuple[str, ...]]:
+    """A row for each suite and clock that was measured: its title, the clock, and for each GPU what `cell` makes of the
+    record and its ratios to the best peers.
+    """
     rows = []
-    held: dict[str, set[str]] = {}
     for suite, title in SUITE_TITLES.items():
         for clock, name in peers_text.CLOCKS.items():
-            cells = []
-            for gpu in gpus:
-                record = peers[suite].get(gpu)
-                values = peers_text.ratios(record, clock) if record else []
-                ahead = sum(value > 1 for value in values)
-                cells.append(f"{geometric_mean(values):.2f}x ({ahead} of {len(values)})" if values else "-")
-                states = [state for case in (record or {"cases": ()})["cases"] for state in case["gpu_states"]]
-                if reasons := machine.throttled(states):
-                    held.setdefault(gpu, set()).update(reasons)
-            if set(cells) != {"-"}:
-                rows.append((title, name, *cells))
+            records = [peers[suite].get(gpu) for gpu in gpus]
+            found = [(record, peers_text.ratios(record, clock) if record else []) for record in records]
+            if any(values for _, values in found):
+                rows.append((title, name, *(cell(r, values) if r and values else "-" for r, values in found)))
+    return rows
+
+
+def _compared(gpus: Sequence[str], peers: dict[str, dict[str, Record]]) -> Iterator[str]:
+    """The geometric mean of the ratios to the best peer: a row for each suite and clock, a column for each GPU."""
+
+    def cell(record: Record, values: list[float]) -> str:
+        return f"{geometric_mean(values):.2f}x ({sum(value > 1 for value in values)} of {len(values)})"
+
+    rows = beside_peers(gpus, peers, cell)
     if not rows:
         return
     yield (
@@ -91,9 +97,11 @@ def _compared(gpus: Sequence[str], peers: dict[str, dict[str, Record]]) -> Itera
     )
     yield ""
     yield from table(("Suite", "Clock", *gpus), rows)
-    for gpu, why in sorted(held.items()):
-        yield f"{gpu}: the clock was held back during some of these runs ({', '.join(sorted(why))})."
-        yield ""
+    for gpu in gpus:
+        cases = [case for records in peers.values() if gpu in records for case in records[gpu]["cases"]]
+        if why := machine.throttled([state for case in cases for state in case["gpu_states"]]):
+            yield f"{gpu}: the clock was held back during some of these runs ({', '.join(sorted(why))})."
+            yield ""
 
 
 def _compiled(folder: Path, measured: Sequence[str]) -> Iterator[str]:

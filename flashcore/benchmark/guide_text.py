@@ -73,32 +73,32 @@ def _seconds(value: float | None) -> str:
 
 
 def behind(folder: Path) -> Iterator[str]:
-    """Every shape measured against the peers where FlashCore is not ahead beyond the noise."""
-    newest: dict[str, tuple[str, Record, Record]] = {}
+    """Every shape measured against the peers where FlashCore is not ahead beyond the noise, GPU by GPU."""
+    newest: dict[tuple[str, str], tuple[str, Record, Record]] = {}
     for path in sorted(folder.glob("*.json")):
         record = results.read(path)
-        if record["kind"] == "peers" and results.HEADLINE in (record["environment"]["gpu"] or ""):
+        if record["kind"] == "peers" and (gpu := record["environment"]["gpu"]):
             for case in record["cases"]:
-                label, recorded = Shape(**case["shape"]).label, record["environment"]["recorded"]
-                if peers_text.ratio(case) and (label not in newest or newest[label][0] <= recorded):
-                    newest[label] = recorded, case, {**record, "file": path.name}
+                place, recorded = (gpu, Shape(**case["shape"]).label), record["environment"]["recorded"]
+                if peers_text.ratio(case) and (place not in newest or newest[place][0] <= recorded):
+                    newest[place] = recorded, case, {**record, "file": path.name}
     if not newest:
         return
     rows, files = [], set()
-    for label, (_, case, record) in newest.items():
+    for (gpu, label), (recorded, case, record) in sorted(newest.items(), key=lambda entry: entry[0][0]):
         found, best = peers_text.ratio(case), peers_text.best_peer(case)
         if found is not None and best is not None and (found.value if found.low is None else found.low) <= 1:
             figures = [us(peers_text.figure(case, name)) for name in ("flashcore", best)]
-            rows.append((label, *figures, best, times(found.value)))
+            rows.append((gpu, label, *figures, best, times(found.value), recorded[:10]))
             files.add(link(record))
-    measured = f"{len(newest)} shapes measured beside the peers"
+    measured = f"{len(newest)} shapes measured beside the peers, GPU by GPU,"
     if not rows:
         yield f"Of the {measured} none has a peer that is faster, or level within the noise."
         yield ""
         return
     yield (
-        f"{len(rows)} of the {measured}, warm in the L2; µs per call on the gpu clock, and the best peer's time "
+        f"{len(rows)} of the {measured} warm in the L2; µs per call on the gpu clock, and the best peer's time "
         f"divided by FlashCore's. {', '.join(sorted(files))}."
     )
     yield ""
-    yield from table(("Shape", "FlashCore", "Best peer", "which is", "Ratio"), rows)
+    yield from table(("GPU", "Shape", "FlashCore", "Best peer", "which is", "Ratio", "Measured"), rows)

@@ -354,30 +354,21 @@ def _nine_row(case: Record) -> tuple[str, ...]:
 
 
 def suites(folder: Path) -> Iterator[str]:
-    """Every suite that was measured, in one row: how FlashCore stands beside the best peer, GPU by GPU."""
+    """How FlashCore stands beside the best peer: a row for each suite and clock, a column for each GPU."""
     found = {suite: peers_text.newest(folder, suite) for suite in page.SUITE_TITLES}
     gpus = sorted({gpu for records in found.values() for gpu, record in records.items() if record["cases"]})
-    rows = []
-    for suite, title in page.SUITE_TITLES.items():
-        for clock, inputs in (("gpu_warm", ""), ("gpu_cold", ", inputs cold")):
-            cells = [_spread(found[suite].get(gpu), clock) for gpu in gpus]
-            if any(cells):
-                rows.append((title + inputs, *(cell or "-" for cell in cells)))
-    if rows:
+
+    def cell(record: Record, values: list[float]) -> str:
+        spread = f"{geometric_mean(values):.2f}x ({min(values):.2f} to {max(values):.2f})"
+        return f"{spread}, {record['environment']['recorded'][:10]}"
+
+    if rows := cross_gpu_text.beside_peers(gpus, found, cell):
         yield (
-            "The best peer's time divided by FlashCore's: geometric mean over a suite, least and most; inputs warm in "
-            "the L2 unless it says cold."
+            "The best peer's time divided by FlashCore's: geometric mean over a suite, least and most. Device time, "
+            "gpu warm with inputs in the L2, gpu cold out of memory."
         )
         yield ""
-        yield from _table(("Suite", *gpus), rows)
-
-
-def _spread(record: Record | None, clock: str) -> str:
-    values = peers_text.ratios(record, clock) if record else []
-    if record is None or not values:
-        return ""
-    spread = f"{geometric_mean(values):.2f}x ({min(values):.2f} to {max(values):.2f})"
-    return f"{spread}, {record['environment']['recorded'][:10]}"
+        yield from _table(("Suite", "Clock", *gpus), rows)
 
 
 BLOCKS: dict[str, Callable[[Path], Iterator[str]]] = {

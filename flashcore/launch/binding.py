@@ -106,10 +106,10 @@ def length_pointers(problem: Problem, block_m: int) -> dict[str, Pointer | Scala
     return {"seqused_k": Pointer("seqused_k", "*i32", False)} if problem.seqused_k else {}
 
 
-def narrow_tile(problem: Problem, block_n: int) -> int:
-    """Keys of the Hopper kernel's narrow tiles, those at a sequence's end or, causal, on the diagonal; the others then
-    need no mask. A whole tile's where the last one or the diagonal's has a mask without being narrower: two tiles of
-    32 keys take longer than one of 64. 0 where any tile may have a mask.
+def tail_tile(problem: Problem, block_n: int) -> int:
+    """Keys of the Hopper kernel's tiles at a sequence's end or, causal, on the diagonal, where these have a copy of the
+    loop's body of their own and no other tile has a mask; 0 where any may have one. As many as a whole tile's where no
+    narrower one holds the last keys, and on the diagonal: two tiles of 32 keys take longer than one of 64.
     """
     p, rest = problem, problem.seqlen_k % block_n
     dim = max(p.head_dim, p.head_dim_v)
@@ -128,9 +128,9 @@ def narrow_tile(problem: Problem, block_n: int) -> int:
 
 
 def pack_gqa(problem: Problem, block_m: int) -> int:
-    """How many query heads' rows are a tile of the Hopper kernel's, where its blocks take one: all that share a key
-    head, where their rows fill tiles better than one head's by more than what it costs, boxes in parts and, causal, a
-    diagonal as wide for fewer positions.
+    """Of how many query heads a tile of the Hopper kernel holds rows, where its blocks take one: of all that share a
+    key head, where these fill tiles by more than 8% better than a head alone. Less is what boxes in parts and, causal,
+    a diagonal as wide for fewer positions were seen to cost.
     """
     p, rows = problem, block_m // problem.group  # of a head
     if p.group == 1 or p.options or block_m % p.group:

@@ -20,10 +20,10 @@ from flashcore.launch.binding import (
     Scalar,
     Tma,
     length_pointers,
-    narrow_tile,
     pack_gqa,
     packed_tiles,
     score_scalars,
+    tail_tile,
 )
 from flashcore.launch.capability import MAX_GRID_YZ, needs_more_registers
 
@@ -34,7 +34,7 @@ _OPTIONAL = (  # parameters that are None where the problem does not use them
     "lse", "mask_desc", "seqused_k", "cu_seqlens_q", "cu_seqlens_k", "total_q", "total_k", "sequences", "cap", "left",
     "right",
 )  # fmt: skip
-_KEPT = 32 * 2**20  # bytes that stay in the L2, which has 50 MiB
+_KEPT = 32 * 2**20  # bytes of K and V that were seen to stay in an L2 of 50 or 60 MiB beside what passes through it
 _BARRIERS, _BARRIERS_OF_WARPGROUPS = 64, 512  # bytes, rounded up
 _TYPES = {
     torch.float16: ("fp16", gl.float16), torch.bfloat16: ("bf16", gl.bfloat16), torch.float32: ("fp32", gl.float32),
@@ -97,7 +97,7 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
     constexprs |= {
         "GROUP": p.group // pack, "CAUSAL": p.is_causal,
         "EVEN_N": p.seqlen_k % config.block_n == 0 and not p.ragged,
-        "SINGLE": p.seqlen_k <= config.block_n, "TAIL": narrow_tile(p, config.block_n),
+        "SINGLE": p.seqlen_k <= config.block_n, "TAIL": tail_tile(p, config.block_n),
         "ENDS": _wide_ends(p, config.block_n), "EMPTY_ROWS": _empty_rows(p),
         "NEGATE": scale < 0, "PERSISTENT": persistent, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
         **dict(zip(("D", "MORE_D"), columns(p.head_dim), strict=True)),
@@ -194,7 +194,7 @@ def _mask(p: Problem, mask: Mask, config: Config) -> Tma:
 
 def _wide_ends(p: Problem, block_n: int) -> bool:
     """Whether the end of a sequence may be a whole tile instead of narrow ones: where it is one of a few tiles."""
-    return p.ragged and not p.is_causal and narrow_tile(p, block_n) > 0 and p.seqlen_k <= 4 * block_n
+    return p.ragged and not p.is_causal and tail_tile(p, block_n) > 0 and p.seqlen_k <= 4 * block_n
 
 
 def _at_once(p: Problem, heads: int, items: int, target: Target) -> int:
@@ -207,7 +207,7 @@ def _at_once(p: Problem, heads: int, items: int, target: Target) -> int:
     key_heads = p.batch * p.heads_kv
     if items <= target.sms:
         return heads  # one block an SM
-    if key_heads * keys + p.batch * p.heads_q * queries <= 2 * _KEPT:
+    if key_heads * keys + p.batch * p.heads_q * queries <= 2 * _KEPT:  # with q and the output, which pass once
         return p.batch * heads
     most = max(_KEPT * min(1.0, p.seqlen_k / 1024) ** 2, _KEPT / 32)
     pairs = ((i, key_heads // i) for i in range(1, math.isqrt(key_heads) + 1) if key_heads % i == 0)
@@ -228,7 +228,7 @@ def _slices(p: Problem, config: Config) -> int:
         return 1 if one_pass or p.packed or (p.return_lse and dim > 64) else 4 if 32 < dim <= 64 else 2
     if one_pass:
         return 1 if needs_more_registers() else 2 if dim <= 32 or p.return_lse else 4
-    if p.options or config.schedule or (dim <= 64 and narrow_tile(p, config.block_n)):
+    if p.options or config.schedule or (dim <= 64 and tail_tile(p, config.block_n)):
         return 1 if dim <= 32 else 2
     return 1 if many and dim <= 32 else 4
 

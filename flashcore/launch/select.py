@@ -22,7 +22,7 @@ from flashcore.core.config import Config
 from flashcore.core.errors import UnsupportedError
 from flashcore.core.problem import Mask, Problem
 from flashcore.core.target import Target
-from flashcore.launch.binding import narrow_tile, pack_gqa
+from flashcore.launch.binding import pack_gqa, tail_tile
 from flashcore.launch.capability import needs_more_registers, reasons
 from flashcore.tuning import lookup
 
@@ -134,9 +134,9 @@ def padded(dim: int, aligned_rows: bool) -> int:
 
 
 # (block_m, block_n, num_warps, registers a thread) by the padded head dimension: plain ones, those for problems whose
-# last keys get a tile of their own, those for causal blocks that take one tile of rows, whose diagonal gets narrower
-# ones, and those for others that hide some scores or want the lse from blocks that stay, which takes a few registers
-# more. With 96 registers 20 warps share an SM, with 128 16, with 168 12, with 255 8.
+# last keys get a tile of their own, those for causal blocks that take one tile of rows, whose diagonal does, and those
+# for others that hide some scores or want the lse from blocks that stay, which takes a few registers more. With 96
+# registers 20 warps share an SM, with 128 16, with 168 12, with 255 8.
 _HOPPER: dict[int, tuple[tuple[_Tile, ...], ...]] = {
     32: (((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128), (64, 128, 4, 96)),
          ((64, 64, 4, 96), (64, 128, 4, 128)),
@@ -261,7 +261,7 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
         elif problem.is_causal or (problem.return_lse and schedule):
             fitting = masked
         elif problem.seqlen_k % n:
-            fitting = tailed if narrow_tile(problem, n) else masked
+            fitting = tailed if tail_tile(problem, n) else masked
         else:
             fitting = plain
         if tile not in fitting:
@@ -352,7 +352,7 @@ def _allowed(problem: Problem, target: Target, kernels: Sequence[str]) -> tuple[
 def _spills(p: Problem, config: Config) -> bool:
     """Whether registers that suffice elsewhere do not under this Triton: masks in the loop at head dimension 64."""
     tight = config.kernel == "hopper" and config.maxnreg == config.block_n == 128 and p.seqlen_k > 128
-    masked = not p.options and not p.is_causal and p.seqlen_k % 128 and not narrow_tile(p, 128)
+    masked = not p.options and not p.is_causal and p.seqlen_k % 128 and not tail_tile(p, 128)
     return bool(tight and masked and needs_more_registers())
 
 
@@ -451,7 +451,7 @@ def shipped(target: Target) -> Iterator[tuple[Problem, Config]]:
                 problem = _problem(head_dim=dim, seqlen_q=seqlen, is_causal=is_causal, return_lse=lse)
                 for config in candidates(problem, target):
                     narrow = ""  # which sort of narrow tiles it has
-                    if config.kernel == "hopper" and narrow_tile(problem, config.block_n):
+                    if config.kernel == "hopper" and tail_tile(problem, config.block_n):
                         narrow = "diagonal" if is_causal else "last"
                     largest.setdefault((config, narrow), problem)
         yield from ((problem, config) for (config, _), problem in largest.items())

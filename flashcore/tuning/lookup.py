@@ -42,8 +42,8 @@ REACH_HEAD_DIM = 1.5
 # another length. A tile of 128 keys can be so where one of 64 is not.
 UNEVEN = 4.0
 HALF = 2.0
-# Rows that lie across the L2's lines, of head dimensions that are no power of two, cost TMA twice the requests, which
-# tiles of more rows make up for.
+# Rows that lie across the L2's lines, of head dimensions that are no power of two, cost TMA more requests, which tiles
+# of more rows make up for.
 ACROSS = 2.0
 
 

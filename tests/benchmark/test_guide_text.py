@@ -45,14 +45,22 @@ def test_host(tmp_path: Path) -> None:
 def test_faster_peers_are_named(tmp_path: Path) -> None:
     record = records.peers()
     results.write(tmp_path / "p.json", record)
-    assert "Of the 9 shapes measured beside the peers none" in text(guide_text.behind, tmp_path)
+    assert "Of the 9 shapes measured beside the peers, GPU by GPU, none" in text(guide_text.behind, tmp_path)
     slow = records.peers("dims", [Shape(32, 8, 512, 128)], environment=records.environment(recorded="2001-02-03"))
     for name, timing in records.gpu({"flashcore": 40.0, "sdpa-cudnn": 32.0, "triton-plain": 50.0}).items():
         slow["cases"][0]["contestants"][name]["gpu_warm"] = timing
     results.write(tmp_path / "d.json", slow)
     found = text(guide_text.behind, tmp_path)
     assert "1 of the 10 shapes" in found and "[results/d.json](../results/d.json)" in found
-    assert "| S512 B32 D128 | 40.00 | 32.00 | sdpa-cudnn | 0.80x |" in found
+    assert f"| {records.GPU} | S512 B32 D128 | 40.00 | 32.00 | sdpa-cudnn | 0.80x | 2001-02-03 |" in found
+
+
+def test_faster_peers_are_named_on_every_gpu(tmp_path: Path) -> None:
+    here = records.peers()
+    results.write(tmp_path / "here.json", here)
+    results.write(tmp_path / "there.json", records.elsewhere(here, "NVIDIA H200", ours=1.0, others=0.5))
+    found = text(guide_text.behind, tmp_path)
+    assert "9 of the 18 shapes" in found and found.count("| NVIDIA H200 | ") == 9
 
 
 def test_a_newer_run_replaces_a_shape(tmp_path: Path) -> None:

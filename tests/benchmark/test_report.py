@@ -187,13 +187,13 @@ def test_a_row_for_each_suite(root: Path) -> None:
     results.write(root / "results" / "mid.json", records.peers("mid", [], environment=records.environment("A100")))
     report.write(root)
     header, _, *rows = (line for line in (root / "docs" / "guide.md").read_text().splitlines() if line.startswith("|"))
-    assert header == f"| Suite | {records.GPU} | NVIDIA H200 |"
+    assert header == f"| Suite | Clock | {records.GPU} | NVIDIA H200 |"
     ahead, behind = "1.50x (1.50 to 1.50), 2001-01-01", "0.75x (0.75 to 0.75), 2001-01-01"
     assert rows == [
-        f"| The nine configurations | {ahead} | - |",
-        f"| The nine configurations, inputs cold | {ahead} | - |",
-        f"| One sequence | {ahead} | {behind} |",
-        f"| One sequence, inputs cold | {ahead} | {behind} |",
+        f"| The nine configurations | gpu warm | {ahead} | - |",
+        f"| The nine configurations | gpu cold | {ahead} | - |",
+        f"| One sequence | gpu warm | {ahead} | {behind} |",
+        f"| One sequence | gpu cold | {ahead} | {behind} |",
     ]
 
 

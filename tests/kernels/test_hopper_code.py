@@ -18,7 +18,7 @@ from flashcore.core.config import Config
 from flashcore.core.problem import Mask, Problem
 from flashcore.core.target import H100
 from flashcore.launch import capability, compiled, hopper
-from flashcore.launch.binding import narrow_tile
+from flashcore.launch.binding import tail_tile
 from flashcore.launch.compile_check import resources
 from flashcore.launch.select import candidates
 
@@ -110,7 +110,7 @@ def test_products(asked: Problem, config: Config) -> None:
     d, dv = hopper.block_of(asked.head_dim), hopper.block_of(asked.head_dim_v)
     bf16 = ".BF16" if asked.dtype == torch.bfloat16 else ""
     products = [text[i] for i in places(text, r"\w*MMA[.\w]*")]
-    keys = [width for width in (config.block_n, narrow_tile(asked, config.block_n)) if width]  # of a tile, in each part
+    keys = [width for width in (config.block_n, tail_tile(asked, config.block_n)) if width]  # of a tile, in each part
     shared = [p for p in products if re.match(rf"HGMMA\.64x({'|'.join(map(str, keys))})x16\.F32{bf16} R\d+, gdesc", p)]
     in_registers = [p for p in products if re.match(rf"HGMMA\.64x{dv}x16\.F32{bf16} R\d+, R\d+, gdesc", p)]
     assert len(shared) == len(keys) * d // 16, "q and k from shared memory, 16 columns each, accumulated in fp32"
@@ -155,7 +155,7 @@ def test_tensors_go_through_tma_alone(asked: Problem, config: Config) -> None:
     text = sass(asked, config)
     tiles = asked.seqlen_k > config.block_n
     refills = 3 if config.schedule == "persistent" else 2 if tiles else 0
-    refills += 2 if narrow_tile(asked, config.block_n) else 0  # q's behind the last tile, which then is a narrow one
+    refills += 2 if tail_tile(asked, config.block_n) else 0  # q's behind the last tile, which then is a narrow one
     loads, stores = places(text, r"UTMALDG[.\w]*"), places(text, r"UTMASTG[.\w]*")
     assert len(loads) == 3 + refills and len(stores) == 1
     packed = hopper.bind(asked, config, 0.125, H100).constexprs["PACK_GQA"] > 1
@@ -300,7 +300,7 @@ def test_softmax_lies_between_the_products(asked: Problem, config: Config) -> No
     begin, end = products[first - 1], products[first]
     waits = places(text, r"WARPGROUP\.DEPBAR[.\w]*")
     exponentials = [i for i in places(text, r"MUFU\.EX2") if i < products[last]]
-    assert len(waits) == (4 if narrow_tile(asked, config.block_n) else 2)
+    assert len(waits) == (4 if tail_tile(asked, config.block_n) else 2)
     assert begin < waits[0] < exponentials[0] < exponentials[-1] and products[last] < waits[1]
     scores, outputs = (
         config.block_m * columns // code(asked, config).threads

@@ -20,7 +20,7 @@ from flashcore.core.target import A100, H100, H200, L4, Target
 from flashcore.kernels.hopper import attention
 from flashcore.launch import capability, compiled, hopper
 from flashcore.launch import select as room
-from flashcore.launch.binding import Binding, Pointer, Scalar, Tma, narrow_tile
+from flashcore.launch.binding import Binding, Pointer, Scalar, Tma, tail_tile
 from flashcore.launch.capability import reasons
 from flashcore.launch.select import _counts, candidates, select
 
@@ -233,19 +233,19 @@ def test_packed_sequences_of_which_most_are_short_are_looked_up() -> None:
 )  # fmt: skip
 def test_the_last_keys_get_a_tile_as_narrow_as_they_need(keys: int, block_n: int, width: int) -> None:
     asked = problem(seqlen_k=keys)
-    assert narrow_tile(asked, block_n) == width
+    assert tail_tile(asked, block_n) == width
     for dim in (32, 128):
         whole = block_n == 64 and keys > 64 and keys % 64 > 32  # no narrower one holds them
         other = dataclasses.replace(asked, head_dim=dim, head_dim_v=dim)
-        assert narrow_tile(other, block_n) == (64 if whole else width)
-    assert narrow_tile(dataclasses.replace(asked, window=(5, 5)), block_n) == 0
+        assert tail_tile(other, block_n) == (64 if whole else width)
+    assert tail_tile(dataclasses.replace(asked, window=(5, 5)), block_n) == 0
     half = block_n // 2 if keys > block_n else 0
     causal = dataclasses.replace(asked, is_causal=True)
-    assert narrow_tile(causal, block_n) == (64 if keys > block_n else 0), "those on the diagonal"
+    assert tail_tile(causal, block_n) == (64 if keys > block_n else 0), "those on the diagonal"
     lengths = dataclasses.replace(asked, seqused_k=True)
-    assert narrow_tile(lengths, block_n) == half, "those at the end that only the device knows"
-    assert narrow_tile(dataclasses.replace(lengths, is_causal=True), block_n) == 0
-    assert narrow_tile(dataclasses.replace(lengths, head_dim=96, head_dim_v=96), block_n) == 0
+    assert tail_tile(lengths, block_n) == half, "those at the end that only the device knows"
+    assert tail_tile(dataclasses.replace(lengths, is_causal=True), block_n) == 0
+    assert tail_tile(dataclasses.replace(lengths, head_dim=96, head_dim_v=96), block_n) == 0
 
 
 def accepted(found: Tma) -> bool:

@@ -294,10 +294,10 @@ def attention_forward(
     fills more of it than a narrow one. EMPTY_ROWS: some rows see no key. NEGATE: the scale is negative, qk_scale its
     magnitude. D + MORE_D and DV + MORE_DV: the columns of a box that are multiplied, in one part or two. SLICES: in how
     many PV takes the keys of a whole tile. PACK_GQA: query heads of a key head whose rows a block has, position by
-    position; heads are key heads then. LATE: let the next kernel start when this one ends, not at once. SORTED: if
-    not 0, sequences with the most keys come first, of which there are at most this many: 32, 64 or 128. PERSISTENT: a
-    one-dimensional grid of blocks that each take every gridDim-th item; else a grid of (row tiles, heads, batch), when
-    causal (heads at once, row tiles, such groups of heads of all batches).
+    position, by q's and o's fourth dimension of five; heads are key heads then. LATE: let the next kernel start when
+    this one ends, not at once. SORTED: if not 0, sequences with the most keys come first, of which there are at most
+    this many: 32, 64 or 128. PERSISTENT: a one-dimensional grid of blocks that each take every gridDim-th item; else a
+    grid of (row tiles, heads, batch), when causal (heads at once, row tiles, such groups of heads of all batches).
 
     None where an option is not in use. mask_desc: over the mask's own sizes, 1 where it is broadcast; MASK_B, MASK_H: 0
     where its batch or head is. cap: of the scores, before the mask is added. qk_scale has a factor of log2(e), without
@@ -320,7 +320,7 @@ def attention_forward(
     RAGGED: gl.constexpr = seqused_k is not None or cu_seqlens_k is not None
     MASKED: gl.constexpr = CAUSAL or not EVEN_N or left is not None
     PARTS: gl.constexpr = 3 if ENDS else 2 if TAIL else 1
-    NARROW: gl.constexpr = PARTS - 1 if TAIL else PARTS  # the part of narrow tiles, if any
+    NARROW: gl.constexpr = PARTS - 1 if TAIL else PARTS  # the part of TAIL's tiles, if any
     STAYS: gl.constexpr = PERSISTENT or not SINGLE  # for more than one tile
     SHORT: gl.constexpr = STAYS and not BIAS and BLOCK_N <= 64 and BLOCK_D <= 64  # QK is too short to load V under it
     ONE_ITEM: gl.constexpr = not PERSISTENT and cu_seqlens_q is None and (mask_desc is None or BLOCK_N > 64)
