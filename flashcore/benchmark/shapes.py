@@ -131,10 +131,10 @@ class Shape:
     def inputs(self, device: str = "cuda", seed: int = SEED) -> tuple[Tensor, ...]:
         """Independent, normally distributed q, k and v, and the bias where there is one; all contiguous.
 
-        The same for the same seed on the same device. Packed sequences come padded too: `pack` makes of them what a
-        packed call reads.
+        The same for the same seed on the same device, and without numbers on "meta". Packed sequences come padded too:
+        `pack` makes of them what a packed call reads.
         """
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
         def draw(*size: int) -> Tensor:
             return torch.randn(size, generator=generator, device=device).to(self.torch_dtype)

@@ -1,9 +1,13 @@
 """`flashcore tune`: measure every configuration on this GPU and write the tuning table that chooses among them.
 
+    flashcore tune --heads 64 256 --seqlens 512 --queries 1 64 --head-dims 128 --mask full --out sm90.json
+    flashcore tune --check --suite nine window bias --json results/choices.json
+
 What is to be measured is compiled in several processes first. Each configuration passes the error gate before it is
 timed. All that serve a problem are timed together on the gpu clock with warm inputs, the fastest few again for longer,
 and the table gets one row a problem: the winner and its time. Problems that the table has already, from an earlier run,
-keep their rows unless they are measured again.
+keep their rows unless they are measured again. With --check nothing is written to a table: it says where another
+configuration is faster than the one that calls get today, also for problems with options, which no table knows.
 """
 
 from __future__ import annotations
@@ -14,15 +18,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashcore.benchmark.shapes import Shape
+from flashcore.benchmark import results
+from flashcore.benchmark.shapes import SUITES, Shape
 from flashcore.benchmark.terminal import Terminal, kind_of
 from flashcore.core import target as targets
 from flashcore.core.config import Config
@@ -36,12 +42,41 @@ from flashcore.measure.statistics import median
 from flashcore.testing import gates
 from flashcore.tuning import lookup
 
+DEVICE = "cuda"
 FIRST_REPLAYS, LAST_REPLAYS = 5, 30
 FINALISTS = 4
+SLOWER = 1.05  # a choice that takes so many times as long as the fastest configuration is worth a row of its own
 
 HEADS = (8, 16, 32, 64, 128, 256, 512)  # of all sequences together
 SEQLENS = (32, 64, 100, 128, 197, 256, 512, 577, 1024, 1500, 2048, 4096)
 HEAD_DIMS = (32, 64, 128, 256)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A shape, of whose query rows the first `queries` count; 0 = all."""
+
+    shape: Shape
+    queries: int = 0
+
+    @property
+    def label(self) -> str:
+        return self.shape.label + (f" Q{self.queries}" if self.queries else "")
+
+    def problem(self, device: str) -> tuple[Problem, dict[str, Tensor]]:
+        """What is to be computed, and the tensors of a launch by their parameters' names; the output is not filled."""
+        s = self.shape
+        q, k, v, *bias = s.inputs(device)
+        if self.queries:
+            q = q[:, :, : self.queries].contiguous()
+        tensors = {"q": q, "k": k, "v": v, "o": torch.empty_like(q)}
+        options: dict[str, Tensor] = {}
+        if bias:
+            options["attn_mask"] = tensors["mask"] = bias[0]
+        if s.lengths:
+            options["seqused_k"] = tensors["seqused_k"] = s.seqused_k(q.device)
+        asked = Options(is_causal=s.is_causal, window=s.window, softcap=s.softcap)
+        return problem_of(q, k, v, tensors["o"], asked, **options), tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,60 +87,57 @@ class Timed:
     us: float  # gpu warm, the median
 
 
-def measure(shape: Shape, report: Callable[[str], object] = lambda text: None) -> tuple[Problem, list[Timed]]:
-    """Time every configuration that can compute `shape` on the current GPU, the fastest first.
+def measure(case: Case, report: Callable[[str], object] = lambda text: None) -> tuple[Problem, list[Timed]]:
+    """Time every configuration that can compute `case` on the current GPU: the fastest few, the fastest first, and the
+    one that a call gets today.
 
     `report` hears of configurations that fail or are wrong: they are left out.
 
     Raises:
         UnsupportedError: no kernel serves the shape.
     """
-    q, k, v = shape.inputs()
-    out = torch.empty_like(q)
-    problem = problem_of(q, k, v, out, Options(is_causal=shape.is_causal))
-    expected = gates.expect(q, k, v, out.dtype, is_causal=shape.is_causal)
-    calls: dict[str, Callable[[], None]] = {}
-    configs: dict[str, Config] = {}
-    for config in select.candidates(problem, targets.current(q.get_device())):
-        name = repr(config)
+    problem, tensors = case.problem(DEVICE)
+    q, k, v, out = (tensors[name] for name in "qkvo")
+    target = targets.current(q.get_device())
+    expected = gates.expect(q, k, v, out.dtype, **case.shape.gate(q.device), attn_mask=tensors.get("mask"))
+    calls: dict[Config, Callable[[], None]] = {}
+    for config in select.candidates(problem, target):
         try:
-            call = _launcher(problem, config, {"q": q, "k": k, "v": v, "o": out})
+            call = _launcher(problem, config, tensors)
             out.fill_(float("nan"))
             call()
             verdict = expected.check(out)
         except Exception as error:
             torch.cuda.synchronize()  # raises again where the context is lost
-            report(f"{shape.label}, {config}: {kind_of(error)}")
+            report(f"{case.label}, {config}: {kind_of(error)}")
             continue
         if not verdict.passed:
-            report(f"{shape.label}, {config}: WRONG, {verdict.failures}")
+            report(f"{case.label}, {config}: WRONG, {verdict.failures}")
             continue
-        calls[name], configs[name] = call, config
+        calls[config] = call
     if not calls:
         return problem, []
+    chosen = select.select(problem, target)
     for replays in (FIRST_REPLAYS, LAST_REPLAYS):
-        times, _ = gpu_times({name: Contestant([call]) for name, call in calls.items()}, replays=replays)
-        order = sorted(times, key=lambda name: median(times[name]))
-        calls = {name: calls[name] for name in order[:FINALISTS]}
-    return problem, [Timed(configs[name], median(times[name])) for name in order]
+        found, _ = gpu_times({repr(config): Contestant([call]) for config, call in calls.items()}, replays=replays)
+        times = {config: median(found[repr(config)]) for config in calls}
+        order = sorted(times, key=times.__getitem__)
+        calls = {config: calls[config] for config in order if config in order[:FINALISTS] or config == chosen}
+    return problem, [Timed(config, times[config]) for config in order]
 
 
-def variants(work: Sequence[Shape], target: Target) -> list[tuple[Problem, Config, Target]]:
-    """All that `measure` compiles for these shapes on that GPU, each code once."""
+def variants(work: Sequence[Case], target: Target) -> list[tuple[Problem, Config, Target]]:
+    """All that `measure` compiles for these problems on that GPU, each code once."""
     found: dict[object, tuple[Problem, Config, Target]] = {}
-    for shape in work:
-        q, k = (
-            torch.empty((shape.batch, heads, shape.seqlen, shape.head_dim), dtype=shape.torch_dtype, device="meta")
-            for heads in (shape.heads, shape.kv_heads)
-        )
-        problem = problem_of(q, k, k, q, Options(is_causal=shape.is_causal))
+    for case in work:
+        problem, _ = case.problem("meta")
         for config in select.candidates(problem, target):
             binding = launcher.bind(problem, config, problem.head_dim**-0.5, target)
             found.setdefault(compiled.identity(binding), (problem, config, target))
     return list(found.values())
 
 
-def _compile(work: Sequence[Shape], target: Target, jobs: int) -> None:
+def _compile(work: Sequence[Case], target: Target, jobs: int) -> None:
     """Into Triton's cache, in so many processes. What fails here says why when it is measured."""
     wanted = variants(work, target)
     with Terminal(len(wanted), "compiling") as terminal, ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
@@ -126,14 +158,17 @@ def _launcher(problem: Problem, config: Config, tensors: dict[str, Tensor]) -> C
     return call
 
 
-def shapes(
-    heads: Sequence[int], seqlens: Sequence[int], head_dims: Sequence[int], masks: Sequence[bool]
-) -> Iterator[Shape]:
-    """Every combination that fits comfortably in memory: at most 2^28 elements of q."""
-    for d, is_causal, s, h in product(head_dims, masks, seqlens, heads):
-        if h * s * d <= 2**28:
+def cases(
+    heads: Sequence[int], seqlens: Sequence[int], queries: Sequence[int], head_dims: Sequence[int],
+    masks: Sequence[bool],
+) -> Iterator[Case]:  # fmt: skip
+    """Every combination that fits comfortably in memory: at most 2^28 elements of k. Query rows: 0 = as many as keys,
+    and never more.
+    """
+    for d, is_causal, s, rows, h in product(head_dims, masks, seqlens, queries, heads):
+        if h * s * d <= 2**28 and rows < s:
             together = math.gcd(h, 8)
-            yield Shape(h // together, together, s, d, is_causal)
+            yield Case(Shape(h // together, together, s, d, is_causal), rows)
 
 
 def merged(old: Sequence[lookup.Row], new: Sequence[lookup.Row]) -> list[lookup.Row]:
@@ -147,7 +182,9 @@ def merged(old: Sequence[lookup.Row], new: Sequence[lookup.Row]) -> list[lookup.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and write the table. Returns 1 when a configuration was wrong or nothing could be measured."""
+    """Measure, and write the table or what came of the check. Returns 1 when a configuration was wrong, nothing could
+    be measured, or a choice that was checked takes more than SLOWER times as long as the fastest configuration.
+    """
     options = _options(argv)
     if not torch.cuda.is_available():
         print("flashcore tune: this measures on a CUDA GPU, and there is none here", file=sys.stderr)
@@ -155,35 +192,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     environment = machine.environment()
     gpu = targets.current(torch.cuda.current_device())
     path = options.out or lookup.TABLES / f"sm{gpu.arch}.json"
-    masks = {"full": (False,), "causal": (True,), "both": (False, True)}[options.mask]
-    work = list(shapes(options.heads, options.seqlens, options.head_dims, masks))
     if options.jobs:
-        _compile(work, gpu, options.jobs)
+        _compile(options.work, gpu, options.jobs)
     troubles: list[str] = []
     rows: list[lookup.Row] = []
-    with Terminal(len(work), "tuning") as terminal:
+    checked: list[dict[str, Any]] = []
+    with Terminal(len(options.work), "tuning") as terminal:
 
         def trouble(text: str) -> None:
             troubles.append(text)
             terminal.line(f"  {text}")
 
-        for shape in work:
-            problem, timed = measure(shape, trouble)
+        for case in options.work:
+            problem, timed = measure(case, trouble)
             terminal.advance()
-            if timed:
+            if timed and options.check:
+                checked.append(compared(case, select.select(problem, gpu), timed))
+                terminal.line(_verdict(checked[-1]))
+            elif timed:
                 best = timed[0]
                 rows.append(lookup.row(problem, best.config, best.us, gpu.name, environment["commit"] or "unknown"))
                 # now: a run that is cut short keeps what it has measured
                 lookup.update(path, gpu.arch, lambda table: merged(table, rows))
                 second = f", then {timed[1].us:.2f} µs" if len(timed) > 1 else ""
-                c = best.config
-                terminal.line(
-                    f"{shape.label:<28} {c.kernel} {c.schedule} {c.block_m}x{c.block_n}, {c.num_warps} warps, "
-                    f"{c.num_stages} stages: {best.us:.2f} µs{second}"
-                )
+                terminal.line(f"{case.label:<28} {_named(best.config)}: {best.us:.2f} µs{second}")
     if rows:
         print(f"{len(rows)} rows written to {path}")
-    return int(bool(troubles) or not rows)
+    behind = [entry for entry in checked if entry["ratio"] > SLOWER]
+    if checked:
+        print(f"{len(behind)} of {len(checked)} choices take more than {SLOWER:g} times as long as the fastest")
+        if options.json:
+            results.write(options.json, {"kind": "choices", "environment": environment, "choices": checked})
+    return int(bool(troubles or behind) or not (rows or checked))
+
+
+def compared(case: Case, chosen: Config, timed: Sequence[Timed]) -> dict[str, Any]:
+    """What a call gets today beside the fastest configuration; a choice that failed counts as infinitely slow."""
+    fastest = timed[0]
+    us = next((t.us for t in timed if t.config == chosen), math.inf)
+    return {
+        "case": case.label, "shape": case.shape.as_json(), "queries": case.queries or case.shape.seqlen,
+        "chosen": asdict(chosen), "us": us, "fastest": asdict(fastest.config), "fastest_us": fastest.us,
+        "ratio": us / fastest.us,
+    }  # fmt: skip
+
+
+def _verdict(entry: dict[str, Any]) -> str:
+    chosen, fastest = (_named(Config(**entry[name])) for name in ("chosen", "fastest"))
+    line = f"{entry['case']:<28} {chosen}: {entry['us']:.2f} µs"
+    if entry["ratio"] > SLOWER:
+        line += f", {entry['ratio']:.2f} times as long as {fastest}: {entry['fastest_us']:.2f} µs"
+    return line
+
+
+def _named(c: Config) -> str:
+    return f"{c.kernel} {c.schedule} {c.block_m}x{c.block_n}, {c.num_warps} warps, {c.num_stages} stages"
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -193,16 +256,38 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, values, what in (
         ("heads", HEADS, "heads of all sequences together"),
         ("seqlens", SEQLENS, "sequence lengths"),
+        ("queries", (0,), "query rows that are fewer than a sequence's keys; 0 = as many"),
         ("head-dims", HEAD_DIMS, "head dimensions"),
     ):
         parser.add_argument(f"--{name}", type=int, nargs="+", default=values, metavar="N", help=f"{what} (%(default)s)")
     parser.add_argument("--mask", choices=("full", "causal", "both"), default="both")
+    parser.add_argument("--suite", nargs="+", choices=list(SUITES), default=[], help="the benchmark's shapes instead")
+    parser.add_argument(
+        "--check", action="store_true", help="write no table: say where the choice that calls get is not the fastest"
+    )
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, metavar="N",
         help="compile in N processes first, one for each core when left out; 0 = when it is measured",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE", help="the table; default: the one that is shipped")
-    return parser.parse_args(argv)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="with --check, what came of it as a record")
+    options = parser.parse_args(argv)
+    if options.json and not options.check:
+        parser.error("--json: the record of a check, with --check")
+    if options.out and options.check:
+        parser.error("--out: a check writes no table")
+    masks = {"full": (False,), "causal": (True,), "both": (False, True)}[options.mask]
+    if options.suite:
+        named = dict.fromkeys(shape for name in options.suite for shape in SUITES[name])
+        options.work = [Case(shape) for shape in named if shape.lengths != "packed"]
+    else:
+        options.work = list(cases(options.heads, options.seqlens, options.queries, options.head_dims, masks))
+    unknown = [case.label for case in options.work if case.shape.features - {"causal"}]
+    if unknown and not options.check:
+        parser.error(f"--suite: a table knows plain and causal problems, not {unknown[0]!r}; --check measures it")
+    if not options.work:
+        parser.error("nothing to measure: packed sequences are not, nor more query rows than keys")
+    return options
 
 
 if __name__ == "__main__":

@@ -9,16 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from flashcore.benchmark import compare_peers, contest, peers_text, results, sweep
+from flashcore.benchmark import compare_peers, contest, peers_text, results
 from flashcore.benchmark.isolation import Journal, Writer
 from flashcore.benchmark.peers import ALL, Peer, Prepared
 from flashcore.benchmark.shapes import NINE, SUITES, Shape
-from flashcore.core.config import Config
-from flashcore.core.target import H100
-from flashcore.launch import select
-from flashcore.launch.arguments import Options, problem_of
 from flashcore.measure import ceilings, clocks, machine, second_opinion
-from flashcore.tuning import lookup
 from tests.benchmark import records
 
 PEERS = ("--peers", "sdpa-cudnn", "triton-plain", "fa4", "flex")  # those of the made-up record
@@ -96,7 +91,6 @@ def test_arguments() -> None:
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         assert compare_peers.main([]) == 1 and "none here" in capsys.readouterr().err
-        assert sweep.main([]) == 1 and "none here" in capsys.readouterr().err
 
 
 def test_misuse_is_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -376,33 +370,6 @@ def test_inputs_are_the_same_for_the_same_seed() -> None:
     assert not torch.equal(first[1], first[2])
 
 
-def test_a_new_row_replaces_the_one_of_its_problem() -> None:
-    def row(us: float, seqlen: int = 128, is_causal: bool = False) -> lookup.Row:
-        return lookup.Row(
-            "float16", 64, seqlen, seqlen, 64, is_causal, "portable", 64, 64, 4, 2, "", None, us, "gpu", "0" * 40, ""
-        )
-
-    rows = sweep.merged([row(3.0), row(9.0, 256)], [row(2.0), row(1.0, is_causal=True)])
-    assert [(r.is_causal, r.seqlen_q, r.us) for r in rows] == [(False, 128, 2.0), (False, 256, 9.0), (True, 128, 1.0)]
-
-
-def test_a_sweep_compiles_each_code_once_and_what_it_measures() -> None:
-    one, longer, causal = (Shape(2, 8, s, 64, is_causal=c) for s, c in ((256, False), (512, False), (256, True)))
-    found = sweep.variants([one], H100)
-    q, k, v = one.inputs(device="cpu")
-    assert {problem for problem, _, _ in found} == {problem_of(q, k, v, torch.empty_like(q), Options())}
-    assert {config for _, config, _ in found} == set(select.candidates(found[0][0], H100))
-    assert len(found) < len(sweep.variants([one, longer], H100)) < 2 * len(found)
-    assert len(sweep.variants([one, one, causal], H100)) == len(found) + len(sweep.variants([causal], H100))
-
-
-def test_sweep_shapes_have_the_heads_asked_for() -> None:
-    found = list(sweep.shapes((8, 12, 256), (128, 65536), (64,), (False, True)))
-    assert {s.batch * s.heads for s in found if s.seqlen == 128} == {8, 12, 256}
-    assert all(s.batch * s.heads * s.seqlen * s.head_dim <= 2**28 for s in found)
-    assert {s.is_causal for s in found} == {False, True}
-
-
 @pytest.mark.gpu
 def test_suites_together_on_a_gpu(tmp_path: Path) -> None:
     path = tmp_path / "c.json"
@@ -426,13 +393,3 @@ def test_compare_on_a_gpu(tmp_path: Path) -> None:
         ["flashcore", *peers], "ok"
     )
     assert all(found["gpu_warm"]["us"] < found["gpu_cold"]["us"] * 1.1 for found in case["contestants"].values())
-
-
-@pytest.mark.gpu
-def test_sweep_on_a_gpu(tmp_path: Path) -> None:
-    table = tmp_path / "table.json"
-    arguments = ["--heads", "64", "--seqlens", "128", "--head-dims", "64", "--mask", "full", "--out", str(table)]
-    assert sweep.main(arguments) == 0
-    (row,) = json.loads(table.read_text())["rows"]
-    assert row["seqlen_q"] == 128 and row["us"] > 0
-    assert Config(row["kernel"], *(row[n] for n in ("block_m", "block_n", "num_warps", "num_stages", "schedule")))
