@@ -206,13 +206,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         for case in options.work:
             problem, timed = measure(case, trouble)
             terminal.advance()
+            # written at once: a run that is cut short keeps what it has measured
             if timed and options.check:
                 checked.append(compared(case, select.select(problem, gpu), timed))
                 terminal.line(_verdict(checked[-1]))
+                if options.json:
+                    results.write(options.json, {"kind": "choices", "environment": environment, "choices": checked})
             elif timed:
                 best = timed[0]
                 rows.append(lookup.row(problem, best.config, best.us, gpu.name, environment["commit"] or "unknown"))
-                # now: a run that is cut short keeps what it has measured
                 lookup.update(path, gpu.arch, lambda table: merged(table, rows))
                 second = f", then {timed[1].us:.2f} µs" if len(timed) > 1 else ""
                 terminal.line(f"{case.label:<28} {_named(best.config)}: {best.us:.2f} µs{second}")
@@ -221,8 +223,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     behind = [entry for entry in checked if entry["ratio"] > SLOWER]
     if checked:
         print(f"{len(behind)} of {len(checked)} choices take more than {SLOWER:g} times as long as the fastest")
-        if options.json:
-            results.write(options.json, {"kind": "choices", "environment": environment, "choices": checked})
     return int(bool(troubles or behind) or not (rows or checked))
 
 
@@ -246,7 +246,9 @@ def _verdict(entry: dict[str, Any]) -> str:
 
 
 def _named(c: Config) -> str:
-    return f"{c.kernel} {c.schedule} {c.block_m}x{c.block_n}, {c.num_warps} warps, {c.num_stages} stages"
+    kernel = f"{c.kernel} {c.schedule}".strip()
+    registers = f", {c.maxnreg} registers" if c.maxnreg else ""
+    return f"{kernel} {c.block_m}x{c.block_n}, {c.num_warps} warps, {c.num_stages} stages{registers}"
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
