@@ -100,7 +100,8 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
         "SINGLE": p.seqlen_k <= config.block_n, "TAIL": tail_tile(p, config.block_n),
         "ENDS": _wide_ends(p, config.block_n), "EMPTY_ROWS": _empty_rows(p),
         "NEGATE": scale < 0, "PERSISTENT": persistent, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-        **_columns(p), "WARPS": config.num_warps,
+        **dict(zip(("D", "MORE_D"), columns(p.head_dim), strict=True)),
+        **dict(zip(("DV", "MORE_DV"), columns(p.head_dim_v), strict=True)), "WARPS": config.num_warps,
         "SLICES": _slices(p, config), "LATE": items > 2 * target.sms, "SORTED": _sorted(p, config, items, target),
         "MASK_B": int(p.mask is not None and p.mask.strides[0] != 0),
         "MASK_H": int(p.mask is not None and p.mask.strides[1] != 0), "PACK_GQA": pack,
@@ -145,7 +146,7 @@ def _specialized(p: Problem, config: Config, scale: float, target: Target) -> Bi
     constexprs: dict[str, Any] = {} if p.return_lse else {"lse": None}
     constexprs |= {
         "GROUP": p.group, "CAUSAL": p.is_causal, "EVEN_N": p.seqlen_k % config.block_n == 0, "NEGATE": scale < 0,
-        **_columns(p), "GROUPS": config.num_warps // 4, "STAGES": config.num_stages, "REGISTERS": config.maxnreg,
+        "GROUPS": config.num_warps // 4, "STAGES": config.num_stages, "REGISTERS": config.maxnreg,
     }  # fmt: skip
     # The first warpgroup's warps are the kernel's own, the others come with its partitions, and so do their registers.
     options = {"num_warps": 4, "enable_fp_fusion": True, "launch_pdl": True}
@@ -253,12 +254,6 @@ def block_of(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def _columns(p: Problem) -> dict[str, int]:
-    """The kernels' parameters for it, of K and of V."""
-    (d, more_d), (dv, more_dv) = columns(p.head_dim), columns(p.head_dim_v)
-    return {"D": d, "MORE_D": more_d, "DV": dv, "MORE_DV": more_dv}
-
-
 def columns(dim: int) -> tuple[int, int]:
     """Columns that are multiplied, in two parts where that leaves out some of the box: a part is a power of two."""
     whole = block_of(dim)
@@ -271,10 +266,7 @@ def columns(dim: int) -> tuple[int, int]:
 def smem(problem: Problem, config: Config) -> int:
     """Bytes of shared memory of one block."""
     d, dv = block_of(problem.head_dim), block_of(problem.head_dim_v)
-    if config.schedule == SPECIALIZED:  # two buffers, each for q and then for the output
-        rows = 2 * config.block_m * max(d, dv)
-    else:
-        rows = config.block_m * (d if config.schedule == "" and d == dv else d + dv)  # the output leaves from q's
+    rows = config.block_m * (d if config.schedule == "" and d == dv else d + dv)  # the output leaves from q's buffer
     keys = config.num_stages * config.block_n * (d + dv)
     mask = 0
     if problem.mask is not None:

@@ -65,11 +65,10 @@ CONTROLS: dict[str, dict[str, Mutant]] = {
         "specialized rescale": Mutant(
             "conditional rescale, specialized",
             _SPECIALIZED,
-            "        acc = _rescaled(acc, alpha, values)\n        loads += 1\n",
+            "        acc = times(acc, alpha)\n        p = gl.convert_layout(next_p",
             """        if gl.min(alpha, 0) < 0.00390625:
-            acc = _rescaled(acc, alpha, values)
-        loads += 1
-""",
+            acc = times(acc, alpha)
+        p = gl.convert_layout(next_p""",
         ),
         "mask": Mutant(
             "skipped mask, hopper",

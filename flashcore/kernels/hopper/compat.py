@@ -9,4 +9,3 @@ tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 block_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 aggregate = getattr(gluon, "aggregate", None) or triton.language.core._aggregate
-reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret

@@ -8,8 +8,7 @@ V through TMA, and every other warpgroup computes 64 rows against the same tiles
 * two where scores are hidden, which three have no registers for: each issues the next tile's QK and this tile's PV
   together, under whose products its softmax runs (FlashAttention-3, Shah et al. 2024).
 
-One block fills an SM and stays for all its items. Two buffers hold an item's q and later, in its place, its output: the
-next item's q is there before this one ends, and the warp that loads also stores, so that no warpgroup waits for either.
+One block fills an SM and stays for all its items; the next one's q comes once all have multiplied with this one's.
 docs/design/hopper-log.md has the measurements. No branch and no address depends on a value of q, k or v.
 """
 
@@ -19,20 +18,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
+    warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention import LN2, divide, factor, hide, maximum, mean, parts, product, qk, times, weights
-from .compat import aggregate, reinterpret, tma_load, tma_store
+from .attention import LN2, divide, factor, hide, maximum, mean, parts, times, weights
+from .compat import aggregate, tma_load, tma_store
 
 
 @aggregate
 class Ring:
     """Tiles that the producer fills and `readers` warpgroups free, one after the other; `turn` counts them.
 
-    A buffer's barriers complete once each time it is filled or freed, so that a turn tells buffer and phase. Of a
-    tile's columns COLUMNS + MORE are multiplied.
+    A buffer's barriers complete once each time it is filled or freed, so that a turn tells buffer and phase.
     """
 
     box: gl.shared_memory_descriptor  # [STAGES, 1, 1, rows, columns]
@@ -40,18 +39,14 @@ class Ring:
     empty: gl.shared_memory_descriptor
     STAGES: gl.constexpr
     BYTES: gl.constexpr
-    COLUMNS: gl.constexpr
-    MORE: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, box, full, empty, STAGES, BYTES, COLUMNS, MORE):
+    def __init__(self, box, full, empty, STAGES, BYTES):
         self.box = box
         self.full = full
         self.empty = empty
         self.STAGES = gl.constexpr(STAGES)
         self.BYTES = gl.constexpr(BYTES)
-        self.COLUMNS = gl.constexpr(COLUMNS)
-        self.MORE = gl.constexpr(MORE)
 
     @gluon.jit
     def prepare(self, readers: gl.constexpr):
@@ -125,7 +120,7 @@ class Work:
     @gluon.jit
     def index(self, turn):
         """The block's item at `turn`. Causal, an item takes two turns."""
-        return (turn >> 1 if self.CAUSAL else turn) * self.step + self.first
+        return (turn // 2 if self.CAUSAL else turn) * self.step + self.first
 
     @gluon.jit
     def item(self, turn):
@@ -158,129 +153,38 @@ class Work:
         return gl.maximum((seen + self.BLOCK_N - 1) // self.BLOCK_N, 1)
 
 
-@gluon.constexpr_function
-def _warpgroup(columns):
-    """How the registers of a warpgroup hold a product with so many columns."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
-
-
-@aggregate
-class Rows:
-    """An item's rows, a warpgroup's in each box: q and then the output, items by turns in two buffers."""
-
-    box: gl.shared_memory_descriptor  # [2 * GROUPS, 1, 1, rows, columns]
-    q_full: gl.shared_memory_descriptor  # of each box
-    o_full: gl.shared_memory_descriptor  # of each buffer
-    GROUPS: gl.constexpr
-
-    @gluon.constexpr_function
-    def __init__(self, box, q_full, o_full, GROUPS):
-        self.box = box
-        self.q_full = q_full
-        self.o_full = o_full
-        self.GROUPS = gl.constexpr(GROUPS)
-
-    @gluon.jit
-    def prepare(self):
-        for i in gl.static_range(2 * self.GROUPS):
-            mbarrier.init(self.q_full.index(i), count=1)
-        for i in gl.static_range(2):
-            mbarrier.init(self.o_full.index(i), count=self.GROUPS)
-
-    @gluon.jit
-    def at(self, turn, which, desc):
-        """A warpgroup's box, as one of desc."""
-        box = self.box.index((turn & 1) * self.GROUPS + which)
-        if box.shape[3] != desc.block_shape[3]:
-            box = reinterpret(box, desc.dtype, desc.block_shape, desc.layout)
-        return box
-
-    @gluon.jit
-    def load(self, q_desc, turn, item):
-        rows: gl.constexpr = q_desc.block_shape[2]
-        row_tile, head, batch = item
-        for i in gl.static_range(self.GROUPS):
-            full = self.q_full.index((turn & 1) * self.GROUPS + i)
-            mbarrier.expect(full, rows * q_desc.block_shape[3] * 2)
-            row = (row_tile * self.GROUPS + i) * rows
-            tma_load(q_desc, [batch, head, row, 0], full, self.at(turn, i, q_desc))
-
-    @gluon.jit
-    def store(self, o_desc, turn, item):
-        """Waits for the output, and until its buffer can be filled again."""
-        rows: gl.constexpr = o_desc.block_shape[2]
-        row_tile, head, batch = item
-        mbarrier.wait(self.o_full.index(turn & 1), (turn >> 1) & 1)
-        for i in gl.static_range(self.GROUPS):
-            row = (row_tile * self.GROUPS + i) * rows
-            tma_store(o_desc, [batch, head, row, 0], self.at(turn, i, o_desc))
-        tma.store_wait(0)
-
-
 @gluon.jit
-def _load_and_store(q_desc, k_desc, v_desc, o_desc, rows, keys, values, work):
-    ROWS: gl.constexpr = q_desc.block_shape[2] * rows.GROUPS
+def _produce(q_desc, k_desc, v_desc, q_box, q_full, keys, values, work):
+    GROUPS: gl.constexpr = q_box.shape[0]
+    ROWS: gl.constexpr = q_desc.block_shape[2]
+    Q_BYTES: gl.constexpr = ROWS * q_desc.block_shape[3] * 2
     loads = 0
-    turn = -1  # no item's: all that it does is to ask for the first one's q
-    item = work.item(0)
-    before = item
-    tiles = 0
+    turn = 0
     while work.index(turn) < work.items:
-        _, head, batch = item
+        row_tile, head, batch = work.item(turn)
+        row = row_tile * ROWS * GROUPS
+        tiles = work.keys(row + ROWS * GROUPS)
         head_k = head // work.GROUP
-        for tile in range(tiles):
+        keys.fill(loads, k_desc, batch, head_k, 0)
+        keys.wait_free(loads - 1, loads > 0)  # with them q of the item before was multiplied last
+        for i in gl.static_range(GROUPS):
+            mbarrier.expect(q_full.index(i), Q_BYTES)
+            tma_load(q_desc, [batch, head, row + i * ROWS, 0], q_full.index(i), q_box.index(i))
+        values.fill(loads, v_desc, batch, head_k, 0)
+        for tile in range(1, tiles):
             keys.fill(loads + tile, k_desc, batch, head_k, tile * work.BLOCK_N)
             values.fill(loads + tile, v_desc, batch, head_k, tile * work.BLOCK_N)
         loads += tiles
-        if turn > 0:
-            rows.store(o_desc, turn - 1, before)
-        before = item
         turn += 1
-        item = work.item(turn)
-        row_tile, _, _ = item
-        tiles = work.keys((row_tile + 1) * ROWS)
-        if work.index(turn) < work.items:
-            rows.load(q_desc, turn, item)
-    rows.store(o_desc, turn - 1, before)
 
 
 @gluon.jit
-def _scores(q_tile, keys, turn):
+def _scores(q_tile, keys, turn, S: gl.constexpr):
     """q k^T of a tile; a promise, to be waited for."""
-    rows: gl.constexpr = keys.box.shape[3]
-    return qk(q_tile, keys.tile(turn).permute((1, 0)), rows, keys.COLUMNS, keys.MORE, 4)
-
-
-@gluon.jit
-def _plus_values(acc, p, tile, values):
-    """The parts of acc, and to each p times its columns of the tile; promises, and what is read meanwhile."""
-    O: gl.constexpr = _warpgroup(values.COLUMNS)  # noqa: E741
-    first, read = product(p, tile.slice(0, values.COLUMNS, 1), acc[0], O, False)
-    if values.MORE:
-        MORE_O: gl.constexpr = _warpgroup(values.MORE)
-        more, again = product(p, tile.slice(values.COLUMNS, values.MORE, 1), acc[1], MORE_O, False)
-        return (first, more), (read, again)
-    else:
-        return (first,), (read,)
-
-
-@gluon.jit
-def _arrived(acc, operands, values):
-    """The parts of acc once all products are done."""
-    done = warpgroup_mma_wait(0, deps=acc + operands)
-    if values.MORE:
-        return (done[0], done[1])
-    else:
-        return (done[0],)
-
-
-@gluon.jit
-def _rescaled(acc, alpha, values):
-    first = times(acc[0], alpha)
-    if values.MORE:
-        return (first, times(acc[1], alpha))
-    else:
-        return (first,)
+    rows: gl.constexpr = q_tile.shape[0]
+    columns: gl.constexpr = keys.box.shape[3]
+    nothing = gl.zeros([rows, columns], gl.float32, S)
+    return warpgroup_mma(q_tile, keys.tile(turn).permute((1, 0)), nothing, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -314,15 +218,15 @@ def _softmax(s, m, l, qk_scale, FIRST: gl.constexpr):
 
 @gluon.jit
 def _in_turn(
-    q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, dtype: gl.constexpr, EVEN_N: gl.constexpr,
-    NEGATE: gl.constexpr,
+    q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S: gl.constexpr, P: gl.constexpr,
+    dtype: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
 ):  # fmt: skip
     """PV takes a tile's keys in four slices, each under the softmax of the next one."""
     KEYS: gl.constexpr = work.BLOCK_N // 4
     L: gl.constexpr = l.type.layout
     for tile in range(tiles):
         keys.wait(loads)
-        s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads),))
+        s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads, S),))
         keys.free(loads)
         s = _visible(s, tile, row, work, EVEN_N, NEGATE)
         new_m, base = maximum(s, m, qk_scale, False, False, False)
@@ -336,11 +240,12 @@ def _in_turn(
                 alpha = factor(m, base, False)
                 m = new_m
                 l = times(l, alpha) + sums  # noqa: E741
-                acc = _rescaled(acc, alpha, values)
+                acc = times(acc, alpha)
                 values.wait(loads)
-            acc, read = _plus_values(acc, p.to(dtype), values.tile(loads).slice(nth * KEYS, KEYS, 0), values)
-            operands = operands + read
-        acc = _arrived(acc, operands, values)
+            p = gl.convert_layout(p.to(dtype), P, assert_trivial=True)
+            acc = warpgroup_mma(p, values.tile(loads).slice(nth * KEYS, KEYS, 0), acc, is_async=True)
+            operands = operands + (p,)
+        acc = warpgroup_mma_wait(0, deps=(acc,) + operands)[0]
         values.free(loads)
         loads += 1
     return acc, m, l
@@ -348,22 +253,21 @@ def _in_turn(
 
 @gluon.jit
 def _overlapped(
-    q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, dtype: gl.constexpr, EVEN_N: gl.constexpr,
-    NEGATE: gl.constexpr,
+    q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S: gl.constexpr, P: gl.constexpr,
+    dtype: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
 ):  # fmt: skip
-    PRODUCTS: gl.constexpr = 2 if values.MORE else 1  # of PV
     keys.wait(loads)
-    s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads),))
+    s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads, S),))
     keys.free(loads)
     s = _visible(s, 0, row, work, EVEN_N, NEGATE)
     p, m, l, alpha = _softmax(s, m, l, qk_scale, True)
-    p = p.to(dtype)
+    p = gl.convert_layout(p.to(dtype), P, assert_trivial=True)
     keys.wait(loads + 1, tiles > 1)
     for tile in range(1, tiles):
-        scores = _scores(q_tile, keys, loads + 1)
+        scores = _scores(q_tile, keys, loads + 1, S)
         values.wait(loads)
-        sums, read = _plus_values(acc, p, values.tile(loads), values)
-        s = warpgroup_mma_wait(PRODUCTS, deps=(scores,))
+        sums = warpgroup_mma(p, values.tile(loads), acc, is_async=True)
+        s = warpgroup_mma_wait(1, deps=(scores,))
         keys.free(loads + 1)
         s = _visible(s, tile, row, work, EVEN_N, NEGATE)
         next_p, m, l, alpha = _softmax(s, m, l, qk_scale, False)
@@ -371,49 +275,50 @@ def _overlapped(
         # Here, not where the next tile is used: without a branch in front of it ptxas moves the wait for the products
         # up, ahead of the softmax that runs under them.
         keys.wait(loads + 2, tile + 1 < tiles)
-        acc = _arrived(sums, read + (next_p,), values)
-        p = next_p
+        acc, p, next_p = warpgroup_mma_wait(0, deps=(sums, p, next_p))
         values.free(loads)
-        acc = _rescaled(acc, alpha, values)
+        acc = times(acc, alpha)
+        p = gl.convert_layout(next_p, P, assert_trivial=True)
         loads += 1
     values.wait(loads)
-    sums, read = _plus_values(acc, p, values.tile(loads), values)
-    acc = _arrived(sums, read, values)
+    acc, p = warpgroup_mma_wait(0, deps=(warpgroup_mma(p, values.tile(loads), acc, is_async=True), p))
     values.free(loads)
     return acc, m, l
 
 
 @gluon.jit
-def _compute(
-    q_desc, o_desc, lse, rows, keys, values, work, qk_scale, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
+def _consume(
+    o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
     WHICH: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup: rows WHICH * 64 on of each of the block's items."""
     dtype: gl.constexpr = o_desc.dtype
-    GROUPS: gl.constexpr = rows.GROUPS
-    ROWS: gl.constexpr = q_desc.block_shape[2]
-    S: gl.constexpr = _warpgroup(work.BLOCK_N)
-    L: gl.constexpr = _warpgroup(8)
+    GROUPS: gl.constexpr = o_box.shape[0]
+    ROWS: gl.constexpr = o_box.shape[3]
+    DV: gl.constexpr = o_box.shape[4]
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, work.BLOCK_N, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    q_tile = q_box.index(WHICH).reshape([ROWS, q_box.shape[4]])
+    o_tile = o_box.index(WHICH)
     loads = 0
     turn = 0
     while work.index(turn) < work.items:
         row_tile, head, batch = work.item(turn)
         row = (row_tile * GROUPS + WHICH) * ROWS
         tiles = work.keys(row + ROWS)
-        acc = (gl.zeros([ROWS, values.COLUMNS], gl.float32, _warpgroup(values.COLUMNS)),)
-        if values.MORE:
-            acc = acc + (gl.zeros([ROWS, values.MORE], gl.float32, _warpgroup(values.MORE)),)
+        acc = gl.zeros([ROWS, DV], gl.float32, O)
         m = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, S))
         l = gl.zeros([ROWS, 8], gl.float32, L)  # noqa: E741
-        q_tile = rows.at(turn, WHICH, q_desc).reshape([ROWS, q_desc.block_shape[3]])
-        mbarrier.wait(rows.q_full.index((turn & 1) * GROUPS + WHICH), (turn >> 1) & 1)
+        mbarrier.wait(q_full.index(WHICH), turn & 1)
         if GROUPS == 2:
             acc, m, l = _overlapped(
-                q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, dtype, EVEN_N, NEGATE
+                q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S, P, dtype, EVEN_N, NEGATE
             )
         else:
             acc, m, l = _in_turn(
-                q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, dtype, EVEN_N, NEGATE
+                q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S, P, dtype, EVEN_N, NEGATE
             )
         loads += tiles
         for _ in range(tiles, work.keys((row_tile + 1) * GROUPS * ROWS)):  # those that only rows further down see
@@ -423,59 +328,53 @@ def _compute(
             values.free(loads)
             loads += 1
         total = gl.sum(l, 1)
-        inverse = 1.0 / total
-        o_tile = rows.at(turn, WHICH, o_desc).reshape([ROWS, o_desc.block_shape[3]])
-        o_tile.slice(0, values.COLUMNS, 1).store(mean(acc[0], inverse, total, False).to(dtype))
-        if values.MORE:
-            o_tile.slice(values.COLUMNS, values.MORE, 1).store(mean(acc[1], inverse, total, False).to(dtype))
+        tma.store_wait(0)  # the item before this one has left the buffer
+        o_tile.reshape([ROWS, DV]).store(mean(acc, 1.0 / total, total, False).to(dtype))
         fence_async_shared()
-        mbarrier.arrive(rows.o_full.index(turn & 1), count=1)
+        tma_store(o_desc, [batch, head, row, 0], o_tile)
         if lse is not None:
-            place = row + gl.arange(0, ROWS, gl.SliceLayout(1, S))
+            rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, S))
             total = gl.convert_layout(total, gl.SliceLayout(1, S), assert_trivial=True)
             base = (batch.to(gl.int64) * work.heads + head) * work.seqlen_q
-            gl.store(lse + base + place, m * LN2 + gl.log(total), mask=place < work.seqlen_q)
+            gl.store(lse + base + rows, m * LN2 + gl.log(total), mask=rows < work.seqlen_q)
         turn += 1
+    tma.store_wait(0)
 
 
 @gluon.jit
 def attention_forward_specialized(
     q_desc, k_desc, v_desc, o_desc, lse, qk_scale, longest_q, longest_k, row_tiles, tiles, per_tiles, heads, per_heads,
     items, blocks,
-    GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr, D: gl.constexpr,
-    MORE_D: gl.constexpr, DV: gl.constexpr, MORE_DV: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr, GROUPS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """softmax(q k^T) v as attention_forward has it, for problems without options of which every row sees some key.
 
-    D + MORE_D and DV + MORE_DV: the columns of a box that are multiplied, in one part or two. GROUPS: warpgroups that
-    compute. STAGES: buffers each for K and V. REGISTERS: of a thread that computes; what the producer leaves goes to
-    the first warpgroup. The boxes of q_desc and o_desc are one warpgroup's rows, row_tiles count a block's; tiles:
-    items of one head. blocks: of the grid, for a register less than asking for it.
+    GROUPS: warpgroups that compute. STAGES: buffers each for K and V. REGISTERS: of a thread that computes; what the
+    producer leaves goes to the first warpgroup. The boxes of q_desc and o_desc are one warpgroup's rows, row_tiles
+    count a block's; tiles: items of one head. blocks: of the grid, for a register less than asking for it.
     """
     dtype: gl.constexpr = q_desc.dtype
     ROWS: gl.constexpr = q_desc.block_shape[2]
     BLOCK_N: gl.constexpr = k_desc.block_shape[2]
-    BLOCK_D: gl.constexpr = q_desc.block_shape[3]
-    BLOCK_DV: gl.constexpr = v_desc.block_shape[3]
+    D: gl.constexpr = q_desc.block_shape[3]
+    DV: gl.constexpr = v_desc.block_shape[3]
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    LAYOUT: gl.constexpr = q_desc.layout if BLOCK_D >= BLOCK_DV else o_desc.layout
-    rows = Rows(
-        gl.allocate_shared_memory(dtype, [2 * GROUPS, 1, 1, ROWS, max(BLOCK_D, BLOCK_DV)], LAYOUT),
-        gl.allocate_shared_memory(gl.int64, [2 * GROUPS, 1], BARRIER),
-        gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER), GROUPS,
-    )  # fmt: skip
+    q_box = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, D], q_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BARRIER)
     keys = Ring(
-        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER), STAGES, BLOCK_N * BLOCK_D * 2, D, MORE_D,
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER), STAGES, BLOCK_N * D * 2,
     )  # fmt: skip
     values = Ring(
-        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, DV], v_desc.layout),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER), STAGES, BLOCK_N * BLOCK_DV * 2, DV, MORE_DV,
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER), STAGES, BLOCK_N * DV * 2,
     )  # fmt: skip
-    rows.prepare()
+    o_box = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, DV], o_desc.layout)
+    for i in gl.static_range(GROUPS):
+        mbarrier.init(q_full.index(i), count=1)
     keys.prepare(GROUPS)
     values.prepare(GROUPS)
     fence_async_shared()
@@ -488,19 +387,19 @@ def attention_forward_specialized(
     if GROUPS == 2:
         gl.warp_specialize(
             [
-                (_compute, (q_desc, o_desc, lse, rows, keys, values, work, qk_scale, EVEN_N, NEGATE, 0)),
-                (_compute, (q_desc, o_desc, lse, rows, keys, values, work, qk_scale, EVEN_N, NEGATE, 1)),
-                (_load_and_store, (q_desc, k_desc, v_desc, o_desc, rows, keys, values, work)),
+                (_consume, (o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N, NEGATE, 0)),
+                (_consume, (o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N, NEGATE, 1)),
+                (_produce, (q_desc, k_desc, v_desc, q_box, q_full, keys, values, work)),
             ],
             [4, 1], [REGISTERS, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (_compute, (q_desc, o_desc, lse, rows, keys, values, work, qk_scale, EVEN_N, NEGATE, 0)),
-                (_compute, (q_desc, o_desc, lse, rows, keys, values, work, qk_scale, EVEN_N, NEGATE, 1)),
-                (_compute, (q_desc, o_desc, lse, rows, keys, values, work, qk_scale, EVEN_N, NEGATE, 2)),
-                (_load_and_store, (q_desc, k_desc, v_desc, o_desc, rows, keys, values, work)),
+                (_consume, (o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N, NEGATE, 0)),
+                (_consume, (o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N, NEGATE, 1)),
+                (_consume, (o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N, NEGATE, 2)),
+                (_produce, (q_desc, k_desc, v_desc, q_box, q_full, keys, values, work)),
             ],
             [4, 4, 1], [REGISTERS, REGISTERS, 24],
         )  # fmt: skip
