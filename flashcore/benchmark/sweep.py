@@ -45,7 +45,7 @@ from flashcore.tuning import lookup
 DEVICE = "cuda"
 FIRST_REPLAYS, LAST_REPLAYS = 5, 30
 FINALISTS = 4
-SLOWER = 1.05  # a choice that takes so many times as long as the fastest configuration is worth a row of its own
+SLOWER = 1.05  # times as long as the fastest configuration: what a check lets a choice take
 
 HEADS = (8, 16, 32, 64, 128, 256, 512)  # of all sequences together
 SEQLENS = (32, 64, 100, 128, 197, 256, 512, 577, 1024, 1500, 2048, 4096)
@@ -87,9 +87,9 @@ class Timed:
     us: float  # gpu warm, the median
 
 
-def measure(case: Case, report: Callable[[str], object] = lambda text: None) -> tuple[Problem, list[Timed]]:
-    """Time every configuration that can compute `case` on the current GPU: the fastest few, the fastest first, and the
-    one that a call gets today.
+def measure(case: Case, report: Callable[[str], object] = lambda text: None) -> tuple[Problem, Config, list[Timed]]:
+    """Time every configuration that can compute `case` on the current GPU. Returns the problem, the configuration that
+    a call gets today, and the times of the fastest few and of that one, the fastest first.
 
     `report` hears of configurations that fail or are wrong: they are left out.
 
@@ -100,6 +100,7 @@ def measure(case: Case, report: Callable[[str], object] = lambda text: None) -> 
     q, k, v, out = (tensors[name] for name in "qkvo")
     target = targets.current(q.get_device())
     expected = gates.expect(q, k, v, out.dtype, **case.shape.gate(q.device), attn_mask=tensors.get("mask"))
+    chosen = select.select(problem, target)
     calls: dict[Config, Callable[[], None]] = {}
     for config in select.candidates(problem, target):
         try:
@@ -116,14 +117,13 @@ def measure(case: Case, report: Callable[[str], object] = lambda text: None) -> 
             continue
         calls[config] = call
     if not calls:
-        return problem, []
-    chosen = select.select(problem, target)
+        return problem, chosen, []
     for replays in (FIRST_REPLAYS, LAST_REPLAYS):
         found, _ = gpu_times({repr(config): Contestant([call]) for config, call in calls.items()}, replays=replays)
         times = {config: median(found[repr(config)]) for config in calls}
         order = sorted(times, key=times.__getitem__)
         calls = {config: calls[config] for config in order if config in order[:FINALISTS] or config == chosen}
-    return problem, [Timed(config, times[config]) for config in order]
+    return problem, chosen, [Timed(config, times[config]) for config in order]
 
 
 def variants(work: Sequence[Case], target: Target) -> list[tuple[Problem, Config, Target]]:
@@ -204,11 +204,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             terminal.line(f"  {text}")
 
         for case in options.work:
-            problem, timed = measure(case, trouble)
+            problem, chosen, timed = measure(case, trouble)
             terminal.advance()
             # written at once: a run that is cut short keeps what it has measured
             if timed and options.check:
-                checked.append(compared(case, select.select(problem, gpu), timed))
+                checked.append(compared(case, chosen, timed))
                 terminal.line(_verdict(checked[-1]))
                 if options.json:
                     results.write(options.json, {"kind": "choices", "environment": environment, "choices": checked})

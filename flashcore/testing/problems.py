@@ -170,8 +170,7 @@ def _packed(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     sequences, heads_q, heads_kv, dim, dim_v = sizes
     few = kind.random() < 0.7  # else one long sequence among many short ones, which get a grid of their own
-    many = max(10, min(24, longest // 12))  # short ones: the interpreter takes as long for each as a GPU for all
-    count = detail.randint(1, min(6, sequences)) if few else detail.randint(8, many)
+    count = detail.randint(1, min(6, sequences)) if few else detail.randint(8, 24)
     others = max(1, longest // (3 if few else 24))
     lengths = [_lengths(detail, longest if i == 0 else others, heads_q) for i in range(count)]
     detail.shuffle(lengths)

@@ -129,8 +129,8 @@ def test_the_fastest_few_and_the_choice_are_timed_for_long(times: dict[str, floa
     chosen = select.select(SMALL.problem("meta")[0], H100)
     fast = [c for c in configs if c != chosen][: sweep.FINALISTS]
     times |= {repr(c): float(i + 1) for i, c in enumerate(fast)} | {repr(chosen): 20.0}
-    problem, timed = sweep.measure(SMALL)
-    assert problem == SMALL.problem("meta")[0]
+    problem, found, timed = sweep.measure(SMALL)
+    assert problem == SMALL.problem("meta")[0] and found == chosen
     assert [(t.config, t.us) for t in timed] == [(c, float(i + 1)) for i, c in enumerate(fast)] + [(chosen, 20.0)]
 
 
@@ -138,7 +138,7 @@ def test_what_is_wrong_or_fails_is_reported_and_not_timed(times: dict[str, float
     wrong, failing, *others = offered()
     times |= {repr(wrong): WRONG, repr(failing): FAILING, repr(others[-1]): 1.0}
     heard: list[str] = []
-    _, timed = sweep.measure(SMALL, heard.append)
+    _, _, timed = sweep.measure(SMALL, heard.append)
     assert timed[0].config == others[-1] and not {wrong, failing} & {t.config for t in timed}
     assert len(heard) == 2 and "WRONG" in heard[0] and "RuntimeError: no such kernel" in heard[1]
 

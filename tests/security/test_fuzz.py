@@ -46,7 +46,7 @@ def test_the_control_draws_from_many_kinds(planted: bool, tmp_path: Path, monkey
 def test_a_slice_of_problems_and_the_control(tmp_path: Path) -> None:
     path = tmp_path / "fuzz.json"
     status = fuzz.main([
-        "--device", "cpu", "--problems", "12", "--shards", "1", "--seconds", "100", "--longest", "20", "--seed", "1",
+        "--device", "cpu", "--problems", "12", "--shards", "1", "--seconds", "100", "--longest", "20", "--seed", "0",
         "--json", str(path),
     ])  # fmt: skip
     record = json.loads(path.read_text())
