@@ -100,8 +100,7 @@ def bind(problem: Problem, config: Config, scale: float, target: Target) -> Bind
         "SINGLE": p.seqlen_k <= config.block_n, "TAIL": tail_tile(p, config.block_n),
         "ENDS": _wide_ends(p, config.block_n), "EMPTY_ROWS": _empty_rows(p),
         "NEGATE": scale < 0, "PERSISTENT": persistent, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
-        **dict(zip(("D", "MORE_D"), columns(p.head_dim), strict=True)),
-        **dict(zip(("DV", "MORE_DV"), columns(p.head_dim_v), strict=True)), "WARPS": config.num_warps,
+        **_columns(p), "WARPS": config.num_warps,
         "SLICES": _slices(p, config), "LATE": items > 2 * target.sms, "SORTED": _sorted(p, config, items, target),
         "MASK_B": int(p.mask is not None and p.mask.strides[0] != 0),
         "MASK_H": int(p.mask is not None and p.mask.strides[1] != 0), "PACK_GQA": pack,
@@ -146,7 +145,7 @@ def _specialized(p: Problem, config: Config, scale: float, target: Target) -> Bi
     constexprs: dict[str, Any] = {} if p.return_lse else {"lse": None}
     constexprs |= {
         "GROUP": p.group, "CAUSAL": p.is_causal, "EVEN_N": p.seqlen_k % config.block_n == 0, "NEGATE": scale < 0,
-        "GROUPS": config.num_warps // 4, "STAGES": config.num_stages, "REGISTERS": config.maxnreg,
+        **_columns(p), "GROUPS": config.num_warps // 4, "STAGES": config.num_stages, "REGISTERS": config.maxnreg,
     }  # fmt: skip
     # The first warpgroup's warps are the kernel's own, the others come with its partitions, and so do their registers.
     options = {"num_warps": 4, "enable_fp_fusion": True, "launch_pdl": True}
@@ -252,6 +251,12 @@ def _empty_rows(p: Problem) -> bool:
 def block_of(dim: int) -> int:
     """Columns of a tile that holds `dim` elements of a row: tiles are powers of two, wgmma takes 16 at a time."""
     return max(16, 1 << (dim - 1).bit_length())
+
+
+def _columns(p: Problem) -> dict[str, int]:
+    """The kernels' parameters for it, of K and of V."""
+    (d, more_d), (dv, more_dv) = columns(p.head_dim), columns(p.head_dim_v)
+    return {"D": d, "MORE_D": more_d, "DV": dv, "MORE_DV": more_dv}
 
 
 def columns(dim: int) -> tuple[int, int]:

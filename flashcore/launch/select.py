@@ -135,12 +135,12 @@ def padded(dim: int, aligned_rows: bool) -> int:
 
 # (block_m, block_n, num_warps, registers a thread) by the padded head dimension: plain ones, those for problems whose
 # last keys get a tile of their own, those for causal blocks that take one tile of rows, whose diagonal does, and those
-# for others that hide some scores or want the lse from blocks that stay, which takes a few registers more. With 96
-# registers 20 warps share an SM, with 128 16, with 168 12, with 255 8.
+# for others that hide some scores or want the lse from blocks that stay, which takes a few registers more. With 80
+# registers 24 warps share an SM, with 96 20, with 128 16, with 168 12, with 255 8.
 _HOPPER: dict[int, tuple[tuple[_Tile, ...], ...]] = {
     32: (((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128), (64, 128, 4, 96)),
          ((64, 64, 4, 96), (64, 128, 4, 128)),
-         ((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128), (64, 128, 4, 168)),
+         ((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128), (64, 128, 4, 168), (64, 64, 4, 80)),
          ((64, 64, 4, 96), (64, 128, 4, 168))),
     64: (((64, 128, 4, 128), (128, 128, 8, 128), (64, 64, 4, 96), (64, 256, 4, 255)),
          ((64, 64, 4, 96), (64, 128, 4, 168), (64, 128, 4, 128)),
@@ -155,6 +155,12 @@ _HOPPER: dict[int, tuple[tuple[_Tile, ...], ...]] = {
           ((64, 64, 4, 128), (64, 64, 4, 168), (64, 128, 4, 255)),
           ((64, 64, 4, 168), (64, 128, 4, 255), (128, 128, 8, 255))),
 }  # fmt: skip
+# Beside these, tiles of 128 rows where rows of K and V lie across the L2's lines and TMA's requests bind: head
+# dimensions that are no power of two.
+_HOPPER_ACROSS: dict[int, tuple[tuple[_Tile, ...], ...]] = {
+    64: (((128, 64, 8, 128),), ((128, 64, 8, 128), (128, 128, 8, 128)), ((128, 64, 8, 128),), ()),
+    128: (((128, 64, 8, 128),), ((128, 64, 8, 128),), ((128, 64, 8, 128),), ()),
+}
 # The same for problems with further options: for one alone that costs few registers, for one or two, for any number.
 # Small tiles: most options wait for memory of their own, which more blocks hide better.
 _HOPPER_OPTIONS: dict[int, tuple[tuple[_Tile, ...], tuple[_Tile, ...], tuple[_Tile, ...]]] = {
@@ -229,16 +235,24 @@ def _hopper_lengths(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[Config, ...]:
 
 
 def _specialized(problem: Problem, target: Target) -> tuple[Config, ...]:
-    """Blocks of warpgroups that share K and V: three, with 160 registers a thread, or two, with 240, where those are
-    too few. At head dimensions up to 96 small blocks are faster.
+    """Blocks of warpgroups that share K and V: three, with 160 registers a thread, and two, with 240, where those are
+    too few. At head dimensions up to 64 small blocks are faster.
     """
     p, dim = problem, max(problem.head_dim, problem.head_dim_v)
-    if dim <= 96 or p.seqlen_k <= 128 or not _counts(p, 128) or pack_gqa(p, 64) > 1:
+    if dim <= 64 or p.seqlen_k <= 128 or not _counts(p, 128) or pack_gqa(p, 64) > 1:
         return ()
     if p.is_causal and (p.seqlen_q > p.seqlen_k or -(-p.seqlen_q // 128) * p.batch * p.heads_q < target.sms):
         return ()  # rows that see no key, or fewer blocks than SMs
     three, two = (Config("hopper", m, 128, m // 16, 2, "specialized", r) for m, r in ((192, 160), (128, 240)))
-    return (two,) if p.is_causal or p.seqlen_k % three.block_n else (three, two)
+    return (two,) if p.is_causal else (three, two)
+
+
+def _hopper_tiles(dim: int) -> tuple[tuple[_Tile, ...], ...]:
+    """The lists of `_HOPPER` for a head dimension, none where it has none."""
+    width = next((padded for padded in _HOPPER if dim <= padded), 0)
+    if width not in _HOPPER_ACROSS or dim == width:
+        return _HOPPER.get(width, ((),) * 4)
+    return tuple(known + more for known, more in zip(_HOPPER[width], _HOPPER_ACROSS[width], strict=True))
 
 
 def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
@@ -248,8 +262,7 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
     if problem.options:
         return _hopper_options(problem, target)
     dim = max(problem.head_dim, problem.head_dim_v)
-    lists = next((_HOPPER[padded] for padded in _HOPPER if dim <= padded), ((),) * 4)
-    plain, tailed, diagonal, masked = lists
+    plain, tailed, diagonal, masked = lists = _hopper_tiles(dim)
     configs = []
     for tile, schedule in product(dict.fromkeys(chain(*lists)), ("", "persistent")):
         m, n, warps, registers = tile
@@ -350,7 +363,11 @@ def _allowed(problem: Problem, target: Target, kernels: Sequence[str]) -> tuple[
 
 
 def _spills(p: Problem, config: Config) -> bool:
-    """Whether registers that suffice elsewhere do not under this Triton: masks in the loop at head dimension 64."""
+    """Whether registers that suffice elsewhere do not under this Triton: masks in the loop at head dimension 64, and of
+    three warpgroups.
+    """
+    if config.schedule == "specialized" and config.block_m == 192 and p.seqlen_k % config.block_n:
+        return needs_more_registers()
     tight = config.kernel == "hopper" and config.maxnreg == config.block_n == 128 and p.seqlen_k > 128
     masked = not p.options and not p.is_causal and p.seqlen_k % 128 and not tail_tile(p, 128)
     return bool(tight and masked and needs_more_registers())

@@ -65,10 +65,11 @@ CONTROLS: dict[str, dict[str, Mutant]] = {
         "specialized rescale": Mutant(
             "conditional rescale, specialized",
             _SPECIALIZED,
-            "        acc = times(acc, alpha)\n        p = gl.convert_layout(next_p",
+            "        acc = _rescaled(acc, alpha, values)\n        loads += 1\n",
             """        if gl.min(alpha, 0) < 0.00390625:
-            acc = times(acc, alpha)
-        p = gl.convert_layout(next_p""",
+            acc = _rescaled(acc, alpha, values)
+        loads += 1
+""",
         ),
         "mask": Mutant(
             "skipped mask, hopper",

@@ -78,6 +78,7 @@ TRIALS = {
     "narrow tile, persistent": Trial(Shape(40, 16, 128, 64, heads_kv=4, seqlen_k=210), config=STAYS),
     "columns": Trial(Shape(2, 4, 230, 88, heads_kv=2, seqlen_k=300)),
     "shared": Trial(Shape(2, 4, 400, 128, heads_kv=2, seqlen_k=512), config=THREE),
+    "shared, columns": Trial(Shape(2, 4, 400, 88, heads_kv=2, seqlen_k=500), config=THREE),
     "shared, many": Trial(Shape(10, 16, 400, 128, heads_kv=4, seqlen_k=256), config=THREE),
     "shared, negative": Trial(Shape(1, 2, 200, 128, seqlen_k=300), options={"scale": -0.1}, config=TWO),
     "shared, causal": Trial(Shape(2, 4, 500, 128, heads_kv=2, seqlen_k=700), options={"is_causal": True}, config=TWO),

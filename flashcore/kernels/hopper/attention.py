@@ -189,7 +189,7 @@ def _hide_pairs(p, bias):
 
 
 @gluon.jit
-def _scores(q_tile, k_tile, KEYS: gl.constexpr, D: gl.constexpr, MORE_D: gl.constexpr, WARPS: gl.constexpr):
+def qk(q_tile, k_tile, KEYS: gl.constexpr, D: gl.constexpr, MORE_D: gl.constexpr, WARPS: gl.constexpr):
     """q k^T of the tile's first KEYS keys and D + MORE_D columns; a promise, to be waited for."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS, 16])
     rows: gl.constexpr = q_tile.shape[0]
@@ -210,7 +210,7 @@ def _row_sums(p, layout: gl.constexpr):
 
 
 @gluon.jit
-def _product(p, values, acc, layout: gl.constexpr, FIRST: gl.constexpr):
+def product(p, values, acc, layout: gl.constexpr, FIRST: gl.constexpr):
     """acc + p values, p values alone if FIRST; a promise, to be waited for, and what is read meanwhile."""
     p = gl.convert_layout(p, gl.DotOperandLayout(0, layout, 2), assert_trivial=True)
     return warpgroup_mma(p, values, acc, use_acc=not FIRST, is_async=True), p
@@ -482,7 +482,7 @@ def attention_forward(
                 mbarrier.wait(k_full, loads & 1)
                 if STAYS and not SHORT:
                     block_barrier()  # every warp's product has read v
-                scores = _scores(q_tile, k_tile, TAIL if part == NARROW else BLOCK_N, D, MORE_D, WARPS)
+                scores = qk(q_tile, k_tile, TAIL if part == NARROW else BLOCK_N, D, MORE_D, WARPS)
                 if STAYS and not SHORT:
                     _load(v_desc, batch, head // GROUP, first_k, length, longest_k, key, v_full, v_box, loads > 0)
                 if mask_desc is not None:
@@ -545,16 +545,16 @@ def attention_forward(
                         mbarrier.wait(v_full, loads & 1)
                         mbarrier.expect(v_full, V_BYTES, pred=refill)
                     values = v_tile.slice(nth * p.shape[1], p.shape[1], 0)
-                    acc, read = _product(p, values.slice(0, DV, 1), acc, O, SINGLE and nth == 0)
+                    acc, read = product(p, values.slice(0, DV, 1), acc, O, SINGLE and nth == 0)
                     operands = operands + (read,)
                     if BIAS:
                         # Their sum as a product with ones: an addition less for each score, and the weights as they
                         # were rounded, all the same way where a row has nothing but fp16's lowest number.
-                        weight, read = _product(p, ones.slice(0, p.shape[1], 0), weight, L, SINGLE and nth == 0)
+                        weight, read = product(p, ones.slice(0, p.shape[1], 0), weight, L, SINGLE and nth == 0)
                         operands = operands + (read,)
                     if MORE_DV:
                         rest = values.slice(DV, MORE_DV, 1)
-                        more_acc, read = _product(p, rest, more_acc, MORE_O, SINGLE and nth == 0)
+                        more_acc, read = product(p, rest, more_acc, MORE_O, SINGLE and nth == 0)
                         operands = operands + (read,)
                 m = gl.convert_layout(m, gl.SliceLayout(1, S), assert_trivial=True)
                 acc = warpgroup_mma_wait(0, deps=(acc,) + operands)[0]

@@ -18,12 +18,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention import LN2, divide, factor, hide, maximum, mean, parts, times, weights
+from .attention import LN2, divide, factor, hide, maximum, mean, parts, product, qk, times, weights
 from .compat import aggregate, tma_load, tma_store
 
 
@@ -31,7 +30,8 @@ from .compat import aggregate, tma_load, tma_store
 class Ring:
     """Tiles that the producer fills and `readers` warpgroups free, one after the other; `turn` counts them.
 
-    A buffer's barriers complete once each time it is filled or freed, so that a turn tells buffer and phase.
+    A buffer's barriers complete once each time it is filled or freed, so that a turn tells buffer and phase. Of a
+    tile's columns COLUMNS + MORE are multiplied.
     """
 
     box: gl.shared_memory_descriptor  # [STAGES, 1, 1, rows, columns]
@@ -39,14 +39,18 @@ class Ring:
     empty: gl.shared_memory_descriptor
     STAGES: gl.constexpr
     BYTES: gl.constexpr
+    COLUMNS: gl.constexpr
+    MORE: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, box, full, empty, STAGES, BYTES):
+    def __init__(self, box, full, empty, STAGES, BYTES, COLUMNS, MORE):
         self.box = box
         self.full = full
         self.empty = empty
         self.STAGES = gl.constexpr(STAGES)
         self.BYTES = gl.constexpr(BYTES)
+        self.COLUMNS = gl.constexpr(COLUMNS)
+        self.MORE = gl.constexpr(MORE)
 
     @gluon.jit
     def prepare(self, readers: gl.constexpr):
@@ -178,13 +182,49 @@ def _produce(q_desc, k_desc, v_desc, q_box, q_full, keys, values, work):
         turn += 1
 
 
+@gluon.constexpr_function
+def _warpgroup(columns):
+    """How the registers of a warpgroup hold a product with so many columns."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
 @gluon.jit
-def _scores(q_tile, keys, turn, S: gl.constexpr):
+def _scores(q_tile, keys, turn):
     """q k^T of a tile; a promise, to be waited for."""
-    rows: gl.constexpr = q_tile.shape[0]
-    columns: gl.constexpr = keys.box.shape[3]
-    nothing = gl.zeros([rows, columns], gl.float32, S)
-    return warpgroup_mma(q_tile, keys.tile(turn).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    rows: gl.constexpr = keys.box.shape[3]
+    return qk(q_tile, keys.tile(turn).permute((1, 0)), rows, keys.COLUMNS, keys.MORE, 4)
+
+
+@gluon.jit
+def _plus_values(acc, p, tile, values):
+    """The parts of acc, and to each p times its columns of the tile; promises, and what is read meanwhile."""
+    O: gl.constexpr = _warpgroup(values.COLUMNS)  # noqa: E741
+    first, read = product(p, tile.slice(0, values.COLUMNS, 1), acc[0], O, False)
+    if values.MORE:
+        MORE_O: gl.constexpr = _warpgroup(values.MORE)
+        more, again = product(p, tile.slice(values.COLUMNS, values.MORE, 1), acc[1], MORE_O, False)
+        return (first, more), (read, again)
+    else:
+        return (first,), (read,)
+
+
+@gluon.jit
+def _arrived(acc, operands, values):
+    """The parts of acc once all products are done."""
+    done = warpgroup_mma_wait(0, deps=acc + operands)
+    if values.MORE:
+        return (done[0], done[1])
+    else:
+        return (done[0],)
+
+
+@gluon.jit
+def _rescaled(acc, alpha, values):
+    first = times(acc[0], alpha)
+    if values.MORE:
+        return (first, times(acc[1], alpha))
+    else:
+        return (first,)
 
 
 @gluon.jit
@@ -218,15 +258,15 @@ def _softmax(s, m, l, qk_scale, FIRST: gl.constexpr):
 
 @gluon.jit
 def _in_turn(
-    q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S: gl.constexpr, P: gl.constexpr,
-    dtype: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
+    q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, dtype: gl.constexpr, EVEN_N: gl.constexpr,
+    NEGATE: gl.constexpr,
 ):  # fmt: skip
     """PV takes a tile's keys in four slices, each under the softmax of the next one."""
     KEYS: gl.constexpr = work.BLOCK_N // 4
     L: gl.constexpr = l.type.layout
     for tile in range(tiles):
         keys.wait(loads)
-        s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads, S),))
+        s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads),))
         keys.free(loads)
         s = _visible(s, tile, row, work, EVEN_N, NEGATE)
         new_m, base = maximum(s, m, qk_scale, False, False, False)
@@ -240,12 +280,11 @@ def _in_turn(
                 alpha = factor(m, base, False)
                 m = new_m
                 l = times(l, alpha) + sums  # noqa: E741
-                acc = times(acc, alpha)
+                acc = _rescaled(acc, alpha, values)
                 values.wait(loads)
-            p = gl.convert_layout(p.to(dtype), P, assert_trivial=True)
-            acc = warpgroup_mma(p, values.tile(loads).slice(nth * KEYS, KEYS, 0), acc, is_async=True)
-            operands = operands + (p,)
-        acc = warpgroup_mma_wait(0, deps=(acc,) + operands)[0]
+            acc, read = _plus_values(acc, p.to(dtype), values.tile(loads).slice(nth * KEYS, KEYS, 0), values)
+            operands = operands + read
+        acc = _arrived(acc, operands, values)
         values.free(loads)
         loads += 1
     return acc, m, l
@@ -253,21 +292,22 @@ def _in_turn(
 
 @gluon.jit
 def _overlapped(
-    q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S: gl.constexpr, P: gl.constexpr,
-    dtype: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
+    q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, dtype: gl.constexpr, EVEN_N: gl.constexpr,
+    NEGATE: gl.constexpr,
 ):  # fmt: skip
+    PRODUCTS: gl.constexpr = 2 if values.MORE else 1  # of PV
     keys.wait(loads)
-    s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads, S),))
+    s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads),))
     keys.free(loads)
     s = _visible(s, 0, row, work, EVEN_N, NEGATE)
     p, m, l, alpha = _softmax(s, m, l, qk_scale, True)
-    p = gl.convert_layout(p.to(dtype), P, assert_trivial=True)
+    p = p.to(dtype)
     keys.wait(loads + 1, tiles > 1)
     for tile in range(1, tiles):
-        scores = _scores(q_tile, keys, loads + 1, S)
+        scores = _scores(q_tile, keys, loads + 1)
         values.wait(loads)
-        sums = warpgroup_mma(p, values.tile(loads), acc, is_async=True)
-        s = warpgroup_mma_wait(1, deps=(scores,))
+        sums, read = _plus_values(acc, p, values.tile(loads), values)
+        s = warpgroup_mma_wait(PRODUCTS, deps=(scores,))
         keys.free(loads + 1)
         s = _visible(s, tile, row, work, EVEN_N, NEGATE)
         next_p, m, l, alpha = _softmax(s, m, l, qk_scale, False)
@@ -275,13 +315,14 @@ def _overlapped(
         # Here, not where the next tile is used: without a branch in front of it ptxas moves the wait for the products
         # up, ahead of the softmax that runs under them.
         keys.wait(loads + 2, tile + 1 < tiles)
-        acc, p, next_p = warpgroup_mma_wait(0, deps=(sums, p, next_p))
+        acc = _arrived(sums, read + (next_p,), values)
+        p = next_p
         values.free(loads)
-        acc = times(acc, alpha)
-        p = gl.convert_layout(next_p, P, assert_trivial=True)
+        acc = _rescaled(acc, alpha, values)
         loads += 1
     values.wait(loads)
-    acc, p = warpgroup_mma_wait(0, deps=(warpgroup_mma(p, values.tile(loads), acc, is_async=True), p))
+    sums, read = _plus_values(acc, p, values.tile(loads), values)
+    acc = _arrived(sums, read, values)
     values.free(loads)
     return acc, m, l
 
@@ -295,30 +336,30 @@ def _consume(
     dtype: gl.constexpr = o_desc.dtype
     GROUPS: gl.constexpr = o_box.shape[0]
     ROWS: gl.constexpr = o_box.shape[3]
-    DV: gl.constexpr = o_box.shape[4]
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, work.BLOCK_N, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DV, 16])  # noqa: E741
-    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    S: gl.constexpr = _warpgroup(work.BLOCK_N)
+    L: gl.constexpr = _warpgroup(8)
     q_tile = q_box.index(WHICH).reshape([ROWS, q_box.shape[4]])
     o_tile = o_box.index(WHICH)
+    columns = o_tile.reshape([ROWS, o_box.shape[4]])
     loads = 0
     turn = 0
     while work.index(turn) < work.items:
         row_tile, head, batch = work.item(turn)
         row = (row_tile * GROUPS + WHICH) * ROWS
         tiles = work.keys(row + ROWS)
-        acc = gl.zeros([ROWS, DV], gl.float32, O)
+        acc = (gl.zeros([ROWS, values.COLUMNS], gl.float32, _warpgroup(values.COLUMNS)),)
+        if values.MORE:
+            acc = acc + (gl.zeros([ROWS, values.MORE], gl.float32, _warpgroup(values.MORE)),)
         m = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, S))
         l = gl.zeros([ROWS, 8], gl.float32, L)  # noqa: E741
         mbarrier.wait(q_full.index(WHICH), turn & 1)
         if GROUPS == 2:
             acc, m, l = _overlapped(
-                q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S, P, dtype, EVEN_N, NEGATE
+                q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, dtype, EVEN_N, NEGATE
             )
         else:
             acc, m, l = _in_turn(
-                q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, S, P, dtype, EVEN_N, NEGATE
+                q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, dtype, EVEN_N, NEGATE
             )
         loads += tiles
         for _ in range(tiles, work.keys((row_tile + 1) * GROUPS * ROWS)):  # those that only rows further down see
@@ -329,7 +370,10 @@ def _consume(
             loads += 1
         total = gl.sum(l, 1)
         tma.store_wait(0)  # the item before this one has left the buffer
-        o_tile.reshape([ROWS, DV]).store(mean(acc, 1.0 / total, total, False).to(dtype))
+        inverse = 1.0 / total
+        columns.slice(0, values.COLUMNS, 1).store(mean(acc[0], inverse, total, False).to(dtype))
+        if values.MORE:
+            columns.slice(values.COLUMNS, values.MORE, 1).store(mean(acc[1], inverse, total, False).to(dtype))
         fence_async_shared()
         tma_store(o_desc, [batch, head, row, 0], o_tile)
         if lse is not None:
@@ -345,34 +389,36 @@ def _consume(
 def attention_forward_specialized(
     q_desc, k_desc, v_desc, o_desc, lse, qk_scale, longest_q, longest_k, row_tiles, tiles, per_tiles, heads, per_heads,
     items, blocks,
-    GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr, GROUPS: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr, D: gl.constexpr,
+    MORE_D: gl.constexpr, DV: gl.constexpr, MORE_DV: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """softmax(q k^T) v as attention_forward has it, for problems without options of which every row sees some key.
 
-    GROUPS: warpgroups that compute. STAGES: buffers each for K and V. REGISTERS: of a thread that computes; what the
-    producer leaves goes to the first warpgroup. The boxes of q_desc and o_desc are one warpgroup's rows, row_tiles
-    count a block's; tiles: items of one head. blocks: of the grid, for a register less than asking for it.
+    D + MORE_D and DV + MORE_DV: the columns of a box that are multiplied, in one part or two. GROUPS: warpgroups that
+    compute. STAGES: buffers each for K and V. REGISTERS: of a thread that computes; what the producer leaves goes to
+    the first warpgroup. The boxes of q_desc and o_desc are one warpgroup's rows, row_tiles count a block's; tiles:
+    items of one head. blocks: of the grid, for a register less than asking for it.
     """
     dtype: gl.constexpr = q_desc.dtype
     ROWS: gl.constexpr = q_desc.block_shape[2]
     BLOCK_N: gl.constexpr = k_desc.block_shape[2]
-    D: gl.constexpr = q_desc.block_shape[3]
-    DV: gl.constexpr = v_desc.block_shape[3]
+    BLOCK_D: gl.constexpr = q_desc.block_shape[3]
+    BLOCK_DV: gl.constexpr = v_desc.block_shape[3]
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    q_box = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, D], q_desc.layout)
+    q_box = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, BLOCK_D], q_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [GROUPS, 1], BARRIER)
     keys = Ring(
-        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], k_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER), STAGES, BLOCK_N * D * 2,
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER), STAGES, BLOCK_N * BLOCK_D * 2, D, MORE_D,
     )  # fmt: skip
     values = Ring(
-        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, DV], v_desc.layout),
+        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER), STAGES, BLOCK_N * DV * 2,
+        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER), STAGES, BLOCK_N * BLOCK_DV * 2, DV, MORE_DV,
     )  # fmt: skip
-    o_box = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, DV], o_desc.layout)
+    o_box = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, BLOCK_DV], o_desc.layout)
     for i in gl.static_range(GROUPS):
         mbarrier.init(q_full.index(i), count=1)
     keys.prepare(GROUPS)
