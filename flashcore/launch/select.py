@@ -155,12 +155,6 @@ _HOPPER: dict[int, tuple[tuple[_Tile, ...], ...]] = {
           ((64, 64, 4, 128), (64, 64, 4, 168), (64, 128, 4, 255)),
           ((64, 64, 4, 168), (64, 128, 4, 255), (128, 128, 8, 255))),
 }  # fmt: skip
-# Beside these, tiles of 128 rows where rows of K and V lie across the L2's lines and TMA's requests bind: head
-# dimensions that are no power of two.
-_HOPPER_ACROSS: dict[int, tuple[tuple[_Tile, ...], ...]] = {
-    64: (((128, 64, 8, 128),), ((128, 64, 8, 128), (128, 128, 8, 128)), ((128, 64, 8, 128),), ()),
-    128: (((128, 64, 8, 128),), ((128, 64, 8, 128),), ((128, 64, 8, 128),), ()),
-}
 # The same for problems with further options: for one alone that costs few registers, for one or two, for any number.
 # Small tiles: most options wait for memory of their own, which more blocks hide better.
 _HOPPER_OPTIONS: dict[int, tuple[tuple[_Tile, ...], tuple[_Tile, ...], tuple[_Tile, ...]]] = {
@@ -235,8 +229,8 @@ def _hopper_lengths(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[Config, ...]:
 
 
 def _specialized(problem: Problem, target: Target) -> tuple[Config, ...]:
-    """Blocks of warpgroups that share K and V: three, with 160 registers a thread, and two, with 240, where those are
-    too few. At head dimensions up to 64 small blocks are faster.
+    """Blocks of warpgroups that share K and V: three, with 160 registers a thread, and two, with 240, alone where 160
+    are too few. At head dimensions up to 64 small blocks are faster.
     """
     p, dim = problem, max(problem.head_dim, problem.head_dim_v)
     if dim <= 64 or p.seqlen_k <= 128 or not _counts(p, 128) or pack_gqa(p, 64) > 1:
@@ -247,14 +241,6 @@ def _specialized(problem: Problem, target: Target) -> tuple[Config, ...]:
     return (two,) if p.is_causal else (three, two)
 
 
-def _hopper_tiles(dim: int) -> tuple[tuple[_Tile, ...], ...]:
-    """The lists of `_HOPPER` for a head dimension, none where it has none."""
-    width = next((padded for padded in _HOPPER if dim <= padded), 0)
-    if width not in _HOPPER_ACROSS or dim == width:
-        return _HOPPER.get(width, ((),) * 4)
-    return tuple(known + more for known, more in zip(_HOPPER[width], _HOPPER_ACROSS[width], strict=True))
-
-
 def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
     """The Hopper kernels' configurations: blocks that take one tile, blocks that stay for several, and blocks of
     warpgroups that share K and V.
@@ -262,7 +248,8 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
     if problem.options:
         return _hopper_options(problem, target)
     dim = max(problem.head_dim, problem.head_dim_v)
-    plain, tailed, diagonal, masked = lists = _hopper_tiles(dim)
+    lists = next((_HOPPER[padded] for padded in _HOPPER if dim <= padded), ((),) * 4)
+    plain, tailed, diagonal, masked = lists
     configs = []
     for tile, schedule in product(dict.fromkeys(chain(*lists)), ("", "persistent")):
         m, n, warps, registers = tile
@@ -411,11 +398,11 @@ def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
     """The Hopper kernel's first configuration where it serves; where keys are few, as blocks that stay for up to four
     items each, and more than two where these are of unlike lengths. That saves a block's start and end, which are
     nothing beside many keys: then the next tile had better go to whichever SM is done first. For twice as many, blocks
-    of warpgroups that share K and V, where they fill the GPU at head dimensions above 96.
+    of warpgroups that share K and V, where they fill the GPU at head dimensions above 64, causal above 96.
 
-    128 rows for head dimensions between 64 and 96, where there is a block for every SM: rows of K and V then lie across
-    the L2's lines, and TMA's requests bind, which 128 rows halve. Else 64, and for packed sequences, whose ends 128
-    rows fill worse.
+    Else 128 rows for head dimensions between 64 and 96, where there is a block for every SM: rows of K and V then lie
+    across the L2's lines, and TMA's requests bind, which 128 rows halve. 64 otherwise, and for packed sequences, whose
+    ends 128 rows fill worse.
 
     Of the portable kernel the tile nearest to what the shape asks for; the first in the list among equals.
     Rows: 64, the most that 4 warps hold without sharing rows, so that several blocks share an SM and hide each
@@ -433,7 +420,7 @@ def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
         least = 2 if p.ragged else 1
         stays = "persistent" if least < blocks(64) / (4 * target.sms) <= 4 and 128 < p.seqlen_k < _MANY_KEYS else ""
         dim = max(p.head_dim, p.head_dim_v)
-        shared = dim > 96 and p.seqlen_k >= 2 * _MANY_KEYS and blocks(128) >= target.sms
+        shared = dim > (96 if p.is_causal else 64) and p.seqlen_k >= 2 * _MANY_KEYS and blocks(128) >= target.sms
         ours = [c for c in ours if (c.schedule == "specialized") == shared] or ours
         wide = 64 < dim <= 96 and blocks(128) >= target.sms and not p.packed
         ours = [c for c in ours if (c.block_m == 128) == wide] or ours
