@@ -221,6 +221,7 @@ def _arrived(acc, operands, values):
 
 @gluon.jit
 def _rescaled(acc, alpha, values):
+    """The parts of acc, each row times its factor."""
     first = times(acc[0], alpha)
     if values.MORE:
         return (first, times(acc[1], alpha))
@@ -341,7 +342,7 @@ def _consume(
     L: gl.constexpr = _warpgroup(8)
     q_tile = q_box.index(WHICH).reshape([ROWS, q_box.shape[4]])
     o_tile = o_box.index(WHICH)
-    columns = o_tile.reshape([ROWS, o_box.shape[4]])
+    output = o_tile.reshape([ROWS, o_box.shape[4]])
     loads = 0
     turn = 0
     while work.index(turn) < work.items:
@@ -372,9 +373,9 @@ def _consume(
         total = gl.sum(l, 1)
         tma.store_wait(0)  # the item before this one has left the buffer
         inverse = 1.0 / total
-        columns.slice(0, values.COLUMNS, 1).store(mean(acc[0], inverse, total, False).to(dtype))
+        output.slice(0, values.COLUMNS, 1).store(mean(acc[0], inverse, total, False).to(dtype))
         if values.MORE:
-            columns.slice(values.COLUMNS, values.MORE, 1).store(mean(acc[1], inverse, total, False).to(dtype))
+            output.slice(values.COLUMNS, values.MORE, 1).store(mean(acc[1], inverse, total, False).to(dtype))
         fence_async_shared()
         tma_store(o_desc, [batch, head, row, 0], o_tile)
         if lse is not None:
