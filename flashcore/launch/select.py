@@ -230,10 +230,10 @@ def _hopper_lengths(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[Config, ...]:
 
 def _specialized(problem: Problem, target: Target) -> tuple[Config, ...]:
     """Blocks of warpgroups that share K and V: three, with 160 registers a thread, and two, with 240, alone where 160
-    are too few. At head dimensions up to 64 small blocks are faster.
+    are too few. Small blocks are faster at head dimensions up to 64, causal up to 96.
     """
     p, dim = problem, max(problem.head_dim, problem.head_dim_v)
-    if dim <= 64 or p.seqlen_k <= 128 or not _counts(p, 128) or pack_gqa(p, 64) > 1:
+    if dim <= (96 if p.is_causal else 64) or p.seqlen_k <= 128 or not _counts(p, 128) or pack_gqa(p, 64) > 1:
         return ()
     if p.is_causal and (p.seqlen_q > p.seqlen_k or -(-p.seqlen_q // 128) * p.batch * p.heads_q < target.sms):
         return ()  # rows that see no key, or fewer blocks than SMs
@@ -398,7 +398,7 @@ def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
     """The Hopper kernel's first configuration where it serves; where keys are few, as blocks that stay for up to four
     items each, and more than two where these are of unlike lengths. That saves a block's start and end, which are
     nothing beside many keys: then the next tile had better go to whichever SM is done first. For twice as many, blocks
-    of warpgroups that share K and V, where they fill the GPU at head dimensions above 64, causal above 96.
+    of warpgroups that share K and V, where they serve and fill the GPU.
 
     Else 128 rows for head dimensions between 64 and 96, where there is a block for every SM: rows of K and V then lie
     across the L2's lines, and TMA's requests bind, which 128 rows halve. 64 otherwise, and for packed sequences, whose
@@ -420,7 +420,7 @@ def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
         least = 2 if p.ragged else 1
         stays = "persistent" if least < blocks(64) / (4 * target.sms) <= 4 and 128 < p.seqlen_k < _MANY_KEYS else ""
         dim = max(p.head_dim, p.head_dim_v)
-        shared = dim > (96 if p.is_causal else 64) and p.seqlen_k >= 2 * _MANY_KEYS and blocks(128) >= target.sms
+        shared = p.seqlen_k >= 2 * _MANY_KEYS and blocks(128) >= target.sms
         ours = [c for c in ours if (c.schedule == "specialized") == shared] or ours
         wide = 64 < dim <= 96 and blocks(128) >= target.sms and not p.packed
         ours = [c for c in ours if (c.block_m == 128) == wide] or ours
