@@ -224,7 +224,8 @@ def _slices(p: Problem, config: Config) -> int:
     if p.mask is not None:
         return 1 if needs_more_registers() or (one_pass and p.mask.dtype == torch.bool) else 2
     if p.is_causal:
-        return 1 if one_pass or p.packed or (p.return_lse and dim > 64) else 4 if 32 < dim <= 64 else 2
+        tight = dim > 64 and (p.return_lse or p.softcap > 0)
+        return 1 if one_pass or p.packed or tight else 4 if 32 < dim <= 64 else 2
     if one_pass:
         return 1 if needs_more_registers() else 2 if dim <= 32 or p.return_lse else 4
     if p.options or config.schedule or (dim <= 64 and tail_tile(p, config.block_n)):

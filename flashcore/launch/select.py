@@ -23,7 +23,7 @@ from flashcore.core.errors import UnsupportedError
 from flashcore.core.problem import Mask, Problem
 from flashcore.core.target import Target
 from flashcore.launch.binding import pack_gqa, tail_tile
-from flashcore.launch.capability import needs_more_registers, reasons
+from flashcore.launch.capability import reasons
 from flashcore.tuning import lookup
 
 # (block_m, block_n, num_warps, num_stages) up to a head dimension.
@@ -139,13 +139,13 @@ def padded(dim: int, aligned_rows: bool) -> int:
 # registers 24 warps share an SM, with 96 20, with 128 16, with 168 12, with 255 8.
 _HOPPER: dict[int, tuple[tuple[_Tile, ...], ...]] = {
     32: (((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128), (64, 128, 4, 96)),
-         ((64, 64, 4, 96), (64, 128, 4, 128)),
+         ((64, 64, 4, 96), (64, 128, 4, 128), (64, 64, 4, 80)),
          ((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128), (64, 128, 4, 168), (64, 64, 4, 80)),
-         ((64, 64, 4, 96), (64, 128, 4, 168))),
+         ((64, 64, 4, 96), (64, 128, 4, 168), (64, 64, 4, 80))),
     64: (((64, 128, 4, 128), (128, 128, 8, 128), (64, 64, 4, 96), (64, 256, 4, 255)),
          ((64, 64, 4, 96), (64, 128, 4, 168), (64, 128, 4, 128)),
          ((64, 128, 4, 128), (64, 64, 4, 96), (128, 128, 8, 128), (64, 64, 4, 128), (64, 128, 4, 168)),
-         ((64, 64, 4, 128), (64, 128, 4, 168), (64, 128, 4, 128), (128, 64, 8, 128))),
+         ((64, 64, 4, 128), (64, 128, 4, 168), (64, 128, 4, 128), (128, 64, 8, 128), (64, 64, 4, 96))),
     96: (((128, 64, 8, 128), (64, 64, 4, 128), (64, 128, 4, 168)),
          ((128, 64, 8, 128), (64, 64, 4, 128)),
          ((128, 64, 8, 128), (64, 64, 4, 128), (64, 128, 4, 168)),
@@ -163,6 +163,13 @@ _HOPPER_OPTIONS: dict[int, tuple[tuple[_Tile, ...], tuple[_Tile, ...], tuple[_Ti
     96: (((128, 64, 8, 128), (64, 64, 4, 128)), ((64, 64, 4, 168),), ((64, 64, 4, 255),)),
     128: (((64, 64, 4, 168), (64, 128, 4, 255)), ((64, 64, 4, 168),), ((64, 64, 4, 255),)),
 }  # fmt: skip
+# Where a window or a soft cap is the only option, causal and with lse, too; where both are.
+_HOPPER_BOUNDS: dict[int, tuple[_Tile, _Tile]] = {
+    32: ((64, 64, 4, 80), (64, 64, 4, 96)),
+    64: ((64, 64, 4, 96), (64, 64, 4, 96)),
+    96: ((64, 64, 4, 128), (64, 64, 4, 128)),
+    128: ((64, 64, 4, 128), (64, 64, 4, 168)),
+}
 # Where lengths on the device are the only option, causal and with lse, too.
 _HOPPER_LENGTHS: dict[int, tuple[_Tile, ...]] = {
     32: ((64, 64, 4, 96), (64, 64, 4, 128)),
@@ -204,9 +211,13 @@ def _hopper_options(problem: Problem, target: Target) -> tuple[Config, ...]:
     light, some, many = _HOPPER_OPTIONS[width]
     wide_mask = p.mask is not None and p.mask.dtype == torch.float32
     burden = len(p.options) + p.is_causal + 2 * wide_mask
-    if burden > 2:
+    if set(p.options) <= {"window", "softcap"}:
+        first = _HOPPER_BOUNDS[width][len(p.options) - 1]
+        others = light if p.options == ("softcap",) and burden == 1 and not p.return_lse else ()
+        tiles: tuple[_Tile, ...] = (first, *(tile for tile in others if tile != first))
+    elif burden > 2:
         tiles = many
-    elif burden == 2 or p.return_lse or "window" in p.options:
+    elif burden == 2 or p.return_lse:
         tiles = some
     elif p.mask is not None:
         return _mask_alone(p, p.mask, light, width, target)
@@ -270,9 +281,9 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
             continue  # nothing but one pass without a mask fits
         if schedule and (single or not _counts(problem, m) or pack_gqa(problem, m) > 1):
             continue
-        if schedule and registers == n == 128 and 32 < dim <= 64 and fitting is not plain:
-            continue  # masks and the next item together spill
-        if schedule and dim > 80 and registers == 128 and (problem.is_causal or (dim > 96 and problem.seqlen_k % n)):
+        if schedule and registers == n == 128 and 32 < dim <= 64 and (problem.is_causal or tail_tile(problem, n)):
+            continue  # narrow tiles and the next item together spill
+        if schedule and dim > 96 and registers == 128 and (problem.is_causal or problem.seqlen_k % n):
             continue  # narrow tiles and the next item together spill
         configs.append(Config("hopper", m, n, warps, 1, schedule, registers))
     return (*configs, *_specialized(problem, target))
@@ -340,24 +351,11 @@ def candidates(problem: Problem, target: Target) -> tuple[Config, ...]:
 
 def _allowed(problem: Problem, target: Target, kernels: Sequence[str]) -> tuple[Config, ...]:
     why = {kernel: reasons(kernel, problem, target) for kernel in kernels}
-    found = tuple(
-        c for kernel in kernels if not why[kernel] for c in _CONFIGS[kernel](problem, target) if not _spills(problem, c)
-    )  # fmt: skip
+    found = tuple(c for kernel in kernels if not why[kernel] for c in _CONFIGS[kernel](problem, target))
     if not found:
         small = (f"no tile fits the {target.smem_per_block} bytes of shared memory of a block on {target.name}",)
         raise UnsupportedError("no kernel computes this attention problem", {k: r or small for k, r in why.items()})
     return found
-
-
-def _spills(p: Problem, config: Config) -> bool:
-    """Whether registers that suffice elsewhere do not under this Triton: masks in the loop at head dimension 64, and of
-    three warpgroups.
-    """
-    if config.schedule == "specialized" and config.block_m == 192 and p.seqlen_k % config.block_n:
-        return needs_more_registers()
-    tight = config.kernel == "hopper" and config.maxnreg == config.block_n == 128 and p.seqlen_k > 128
-    masked = not p.options and not p.is_causal and p.seqlen_k % 128 and not tail_tile(p, 128)
-    return bool(tight and masked and needs_more_registers())
 
 
 @cache

@@ -152,17 +152,26 @@ def _key_tiles(row, seqlen_k, shift, left, right, BLOCK_M: gl.constexpr, BLOCK_N
 
 @gluon.jit
 def hide(s, row, key, seqlen_k, shift, left, right, CAUSAL: gl.constexpr, PACK_GQA: gl.constexpr = 1):
-    """-inf for keys past the end and those that a row does not see. PACK_GQA rows are one position."""
-    layout: gl.constexpr = s.type.layout
-    columns = gl.arange(0, s.shape[1], gl.SliceLayout(0, layout))[None, :]
-    end = gl.full([s.shape[0]], seqlen_k - key, gl.int32, gl.SliceLayout(1, layout))  # first hidden column of a row
+    """-inf for keys past the end and those that a row does not see. PACK_GQA rows are one position.
+
+    Columns by eights, of each of which a thread holds two: which eight is a constant in an instruction, and what it is
+    compared with are four numbers, of two rows and two columns, where whole columns would take a register each.
+    """
+    rows: gl.constexpr = s.shape[0]
+    eights = gl.reshape(s, [rows, s.shape[1] // 8, 8])
+    layout: gl.constexpr = eights.type.layout
+    eight = gl.arange(0, s.shape[1] // 8, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None] * 8
+    column = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    place = gl.arange(0, rows, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+    end = seqlen_k - key  # first hidden column
     if CAUSAL:  # the last position sees all keys, and rows past it are nobody's
-        end = row + shift + 1 - key + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout)) // PACK_GQA
+        end = row + shift + 1 - key + place // PACK_GQA
     if left is not None:
-        diagonal = row + shift - key + gl.arange(0, s.shape[0], gl.SliceLayout(1, layout))
+        diagonal = row + shift - key + place
         end = gl.minimum(end, diagonal + right + 1)
-        s = gl.where(columns < (diagonal - left)[:, None], -float("inf"), s)
-    return gl.where(columns >= end[:, None], -float("inf"), s)
+        eights = gl.where(eight < diagonal - left - column, -float("inf"), eights)
+    eights = gl.where(eight >= end - column, -float("inf"), eights)
+    return gl.convert_layout(gl.reshape(eights, s.shape), s.type.layout, assert_trivial=True)
 
 
 @gluon.jit
