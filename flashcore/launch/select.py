@@ -163,7 +163,7 @@ _HOPPER_OPTIONS: dict[int, tuple[tuple[_Tile, ...], tuple[_Tile, ...], tuple[_Ti
     96: (((128, 64, 8, 128), (64, 64, 4, 128)), ((64, 64, 4, 168),), ((64, 64, 4, 255),)),
     128: (((64, 64, 4, 168), (64, 128, 4, 255)), ((64, 64, 4, 168),), ((64, 64, 4, 255),)),
 }  # fmt: skip
-# Where a window or a soft cap is the only option, causal and with lse, too; where both are.
+# Where a window or a soft cap is the only option, causal and with lse, too, and where both are the only ones.
 _HOPPER_BOUNDS: dict[int, tuple[_Tile, _Tile]] = {
     32: ((64, 64, 4, 80), (64, 64, 4, 96)),
     64: ((64, 64, 4, 96), (64, 64, 4, 96)),
@@ -240,8 +240,8 @@ def _hopper_lengths(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[Config, ...]:
 
 
 def _specialized(problem: Problem, target: Target) -> tuple[Config, ...]:
-    """Blocks of warpgroups that share K and V: three, with 160 registers a thread, and two, with 240, alone where 160
-    are too few. Small blocks are faster at head dimensions up to 64, causal up to 96.
+    """Blocks of warpgroups that share K and V: three, with 160 registers a thread, and two, with 240; causal two, since
+    three are slower there. Small blocks are faster at head dimensions up to 64, causal up to 96.
     """
     p, dim = problem, max(problem.head_dim, problem.head_dim_v)
     if dim <= (96 if p.is_causal else 64) or p.seqlen_k <= 128 or not _counts(p, 128) or pack_gqa(p, 64) > 1:
