@@ -138,10 +138,8 @@ def _load(desc, batch, head, first, length, longest, row, full, box, pred=True):
 
 @gluon.jit
 def _key_tiles(row, seqlen_k, shift, left, right, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr):
-    """First and last + 1 of the key tiles that the rows from `row` on read; at least one: a barrier completes in each.
-    """
-    seen = seqlen_k
-    begin = 0
+    """First and last + 1 of the key tiles that rows from `row` on read; at least one: a barrier completes in each."""
+    seen, begin = seqlen_k, 0
     if CAUSAL:
         seen = gl.minimum(seen, row + BLOCK_M + shift)
     if left is not None:
@@ -154,15 +152,14 @@ def _key_tiles(row, seqlen_k, shift, left, right, BLOCK_M: gl.constexpr, BLOCK_N
 def hide(s, row, key, seqlen_k, shift, left, right, CAUSAL: gl.constexpr, PACK_GQA: gl.constexpr = 1):
     """-inf for keys past the end and those that a row does not see. PACK_GQA rows are one position.
 
-    Columns by eights, of each of which a thread holds two: which eight is a constant in an instruction, and what it is
-    compared with are four numbers, of two rows and two columns, where whole columns would take a register each.
+    Columns by eights, of each of which a thread holds two: which eight is a constant in the instruction that compares,
+    where whole columns would take a register each.
     """
-    rows: gl.constexpr = s.shape[0]
-    eights = gl.reshape(s, [rows, s.shape[1] // 8, 8])
+    eights = gl.reshape(s, [s.shape[0], s.shape[1] // 8, 8])
     layout: gl.constexpr = eights.type.layout
     eight = gl.arange(0, s.shape[1] // 8, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None] * 8
     column = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-    place = gl.arange(0, rows, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+    place = gl.arange(0, s.shape[0], gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
     end = seqlen_k - key  # first hidden column
     if CAUSAL:  # the last position sees all keys, and rows past it are nobody's
         end = row + shift + 1 - key + place // PACK_GQA
@@ -187,9 +184,7 @@ def _apply_mask(s, mask, scale, HIDE: gl.constexpr):
 
 @gluon.jit
 def _hide_pairs(p, bias):
-    """0 where the bias is -inf, even if the weight is NaN: two weights of 16 bits with two instructions, where two
-    scores take three.
-    """
+    """0 where the bias is -inf, even if the weight is NaN: two weights in two instructions, where scores take three."""
     if bias.dtype == gl.float16:
         code: gl.constexpr = "{ .reg .b32 x; mov.b32 x, 0xFC00FC00; set.neu.u32.f16x2 x, $2, x; and.b32 $0, $1, x; }"
     else:
@@ -312,8 +307,7 @@ def attention_forward(
     where its batch or head is. cap: of the scores, before the mask is added. qk_scale has a factor of log2(e), without
     it where the scores get a bias, and 2 / cap where there is a cap. left, right: keys beside the diagonal.
     seqused_k, cu_seqlens_q, cu_seqlens_k: lengths on the device, of sequences of at most longest_q, longest_k rows. Of
-    these a persistent kernel takes seqused_k only. sequences: how many, where the grid is (numbers of tiles, heads) as
-    _tile_of has them.
+    these a persistent kernel takes seqused_k only. sequences: how many, where the grid is (_tile_of's numbers, heads).
     """
     dtype: gl.constexpr = q_desc.dtype
     ROWS: gl.constexpr = BLOCK_M // PACK_GQA  # of a sequence
@@ -343,10 +337,9 @@ def attention_forward(
     q_tile = q_box.reshape([BLOCK_M, BLOCK_D])
     k_tile = k_box.reshape([BLOCK_N, BLOCK_D]).permute((1, 0))
     v_tile = v_box.reshape([BLOCK_N, BLOCK_DV])
+    o_box = q_box
     if PERSISTENT or BLOCK_DV != BLOCK_D:  # a persistent block's q already is the next item's
         o_box = gl.allocate_shared_memory(dtype, o_desc.block_shape, o_desc.layout)
-    else:
-        o_box = q_box
     o_tile = o_box.reshape([BLOCK_M, BLOCK_DV])
     Q_BYTES: gl.constexpr = BLOCK_M * BLOCK_D * 2
     K_BYTES: gl.constexpr = BLOCK_N * BLOCK_D * 2
@@ -407,8 +400,7 @@ def attention_forward(
     if cu_seqlens_q is not None:  # the grid is made for the longest sequence, or for any lengths
         exists = row_tile * BLOCK_M < seqlen_q
         items = exists.to(gl.int32)
-    row = row_tile * ROWS
-    key = begin * BLOCK_N
+    row, key = row_tile * ROWS, begin * BLOCK_N
     length = gl.maximum(seqlen_k, 1) if RAGGED else seqlen_k
     if PACK_GQA > 1:
         tma_load(q_desc, [batch, head, row, 0, 0], q_full, q_box)
@@ -424,8 +416,7 @@ def attention_forward(
     if not LATE:
         gdc_launch_dependents()
 
-    loads = 0  # of K, and of V; their parity is the phase of the barriers
-    turn = 0
+    loads, turn = 0, 0  # of K, and of V, and of q: their parity is the phase of the barriers
     # A block that takes one item says so: else what follows the loop over key tiles has what it computes from the
     # thread alone kept in registers across that loop, which has none left. (With a mask the compiler needs more then.)
     for index in range(first, 1 if ONE_ITEM else items, step):
