@@ -187,7 +187,7 @@ def _mask_alone(p: Problem, mask: Mask, light: tuple[_Tile, ...], width: int, ta
     if mask.dtype == torch.bool:
         first = (64, 128, 4, 128) if p.seqlen_k == 128 and width <= 64 else None
     elif width == 32:
-        first = (64, 128, 4, 128) if wide and mask.strides[0] else None
+        first = (64, 128, 4, 168) if p.seqlen_k == 128 else (64, 128, 4, 128) if wide and mask.strides[0] else None
     elif width == 64:
         at_once = -(-p.seqlen_q // 64) * p.batch * p.heads_q <= 4 * target.sms
         first = (64, 128, 4, 168) if wide and not at_once else (64, 64, 4, 128)
