@@ -2,9 +2,9 @@
 
 The allow-list below holds every configuration that FlashCore ever runs. Each was compiled for its architecture with
 no register spilled for plain problems, but for 8 and 16 bytes of two Hopper tiles between head dimensions 64 and 96,
-causal under Triton 3.6 or with lse; in the portable kernel rows that are not 16-byte aligned spill some, and on sm_80
-and sm_89 packed sequences with a soft cap and lse. A tuning table and the caller's block sizes only point into the
-list.
+causal under Triton 3.6, and causal with lse under 3.9; in the portable kernel rows that are not 16-byte aligned spill
+some, and on sm_80 and sm_89 packed sequences with a soft cap and lse. A tuning table and the caller's block sizes only
+point into the list.
 """
 
 from __future__ import annotations
@@ -281,10 +281,9 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
             continue  # nothing but one pass without a mask fits
         if schedule and (single or not _counts(problem, m) or pack_gqa(problem, m) > 1):
             continue
-        if schedule and registers == n == 128 and 32 < dim <= 64 and (problem.is_causal or tail_tile(problem, n)):
-            continue  # narrow tiles and the next item together spill
-        if schedule and dim > 96 and registers == 128 and (problem.is_causal or problem.seqlen_k % n):
-            continue  # narrow tiles and the next item together spill
+        tight = dim > 96 or (dim > 32 and n == 128)
+        if schedule and registers == 128 and tight and tail_tile(problem, n):
+            continue  # a second copy of the loop and the next item together spill
         configs.append(Config("hopper", m, n, warps, 1, schedule, registers))
     return (*configs, *_specialized(problem, target))
 

@@ -375,10 +375,10 @@ SPECIALIZED = pytest.mark.parametrize(
         pytest.param(problem(2000, 128, is_causal=True, return_lse=True), TWO, id="two-causal-uneven-lse"),
         pytest.param(problem(2048, 128, dtype=torch.bfloat16, heads_kv=2, is_causal=True), TWO, id="two-bf16-gqa"),
         pytest.param(problem(2048, 128, return_lse=True), THREE, id="three-lse"),
-        pytest.param(problem(2000, 128, return_lse=True), TWO if NEWEST else THREE, id="three-uneven-lse"),
+        pytest.param(problem(2000, 128, return_lse=True), THREE, id="three-uneven-lse"),
         pytest.param(problem(2048, 104, head_dim_v=64), THREE, id="three-104-64"),
         pytest.param(problem(2048, 64, head_dim_v=128), THREE, id="three-64-128"),
-        pytest.param(problem(2000, 96, return_lse=True), TWO if NEWEST else THREE, id="three-96-uneven-lse"),
+        pytest.param(problem(2000, 96, return_lse=True), THREE, id="three-96-uneven-lse"),
         pytest.param(problem(2048, 72, return_lse=True), TWO, id="two-72-lse"),
     ],
 )
