@@ -216,16 +216,16 @@ def _at_once(p: Problem, heads: int, items: int, target: Target) -> int:
 
 def _slices(p: Problem, config: Config) -> int:
     """In how many slices PV takes the keys of a whole tile: each runs under the softmax of the next one, which shortens
-    what a block takes for a tile. Fewer where tiles are many or short (D = 32), since other blocks then fill its waits
-    and the order only costs, and where registers do not suffice for more.
+    what a block takes for a tile. Fewer where registers do not suffice for more and, where no score is hidden, where
+    tiles are many or short (D = 32), since other blocks then fill its waits and the order only costs.
     """
     dim = max(p.head_dim, p.head_dim_v)
     one_pass, many = p.seqlen_k <= config.block_n, p.seqlen_k > 1024
     if p.mask is not None:
         return 1 if needs_more_registers() or (one_pass and p.mask.dtype == torch.bool) else 2
     if p.is_causal:
-        tight = dim > 64 and (p.return_lse or p.softcap > 0)
-        return 1 if one_pass or p.packed or tight else 4 if 32 < dim <= 64 else 2
+        tight = dim > 64 and (p.softcap > 0 or (p.return_lse and config.block_n > 64))
+        return 1 if one_pass or p.packed or tight else 4 if dim <= 64 else 2
     if one_pass:
         return 1 if needs_more_registers() else 2 if dim <= 32 or p.return_lse else 4
     if p.options or config.schedule or (dim <= 64 and tail_tile(p, config.block_n)):

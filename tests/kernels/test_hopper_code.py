@@ -299,7 +299,9 @@ def test_products_are_in_more_slices_where_tiles_are_few() -> None:
     assert [slices(problem(n), small) for n in (1024, 2048)] == [4, 4]
     assert [slices(problem(n, 32), small) for n in (1024, 2048)] == [4, 1]
     assert slices(problem(2048), stays) == slices(problem(2000), small) == 2, "what takes registers"
-    assert [slices(problem(2048, dim, is_causal=True), small) for dim in (32, 64, 128)] == [2, 4, 2]
+    assert [slices(problem(2048, dim, is_causal=True), small) for dim in (32, 64, 128)] == [4, 4, 2]
+    with_lse = problem(2048, 128, is_causal=True, return_lse=True)
+    assert [slices(with_lse, config) for config in (small, dataclasses.replace(small, block_n=128))] == [2, 1]
     assert slices(problem(64, is_causal=True), small) == 1
     one_pass_or_mask = problem(64), problem(64, 32), problem(512, 32, mask=BIAS)
     assert [slices(asked, small) for asked in one_pass_or_mask] == ([1, 1, 1] if NEWEST else [4, 2, 2])
