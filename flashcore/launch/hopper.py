@@ -125,8 +125,9 @@ def _specialized(p: Problem, config: Config, scale: float, target: Target) -> Bi
     block_d, block_dv = block_of(p.head_dim), block_of(p.head_dim_v)
     rows = config.block_m * 4 // config.num_warps  # of a warpgroup
     row_tiles = -(-p.seqlen_q // config.block_m)
-    tiles = -(-row_tiles // 2) if p.is_causal else row_tiles  # items of a head: causal, two row tiles are one
-    items = tiles * p.heads_q * p.batch
+    items = row_tiles * p.heads_q * p.batch
+    blocks = min(items, target.sms * blocks_per_sm(p, config, target))
+    together = p.batch * p.heads_q if p.is_causal else 1  # heads of all batches
     queries, keys = (p.heads_q, p.seqlen_q), (p.heads_kv, p.seqlen_k)
     args: dict[str, Any] = {
         "q_desc": _plain(p, "q", (*queries, p.head_dim), p.stride_q, (rows, block_d)),
@@ -139,8 +140,7 @@ def _specialized(p: Problem, config: Config, scale: float, target: Target) -> Bi
     args |= score_scalars(p, scale)
     args |= {"longest_q": Scalar("i32", p.seqlen_q), "longest_k": Scalar("i32", p.seqlen_k)}
     args["row_tiles"] = Scalar("i32", row_tiles)
-    args |= _divisors(tiles=tiles, heads=p.heads_q)
-    blocks = min(items, target.sms * blocks_per_sm(p, config, target))
+    args |= _divisors(heads=p.heads_q, together=together, round=together * row_tiles)
     args |= {"items": Scalar("i32", items), "blocks": Scalar("i32", blocks)}
     constexprs: dict[str, Any] = {} if p.return_lse else {"lse": None}
     constexprs |= {

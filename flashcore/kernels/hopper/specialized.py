@@ -93,10 +93,12 @@ class Work:
     step: gl.tensor
     items: gl.tensor
     row_tiles: gl.tensor
-    tiles: gl.tensor
-    per_tiles: gl.tensor
     heads: gl.tensor
     per_heads: gl.tensor
+    together: gl.tensor
+    per_together: gl.tensor
+    round: gl.tensor
+    per_round: gl.tensor
     seqlen_q: gl.tensor
     seqlen_k: gl.tensor
     GROUP: gl.constexpr
@@ -105,17 +107,19 @@ class Work:
 
     @gluon.constexpr_function
     def __init__(
-        self, first, step, items, row_tiles, tiles, per_tiles, heads, per_heads, seqlen_q, seqlen_k, GROUP, CAUSAL,
-        BLOCK_N,
+        self, first, step, items, row_tiles, heads, per_heads, together, per_together, round, per_round, seqlen_q,
+        seqlen_k, GROUP, CAUSAL, BLOCK_N,
     ):  # fmt: skip
         self.first = first
         self.step = step
         self.items = items
         self.row_tiles = row_tiles
-        self.tiles = tiles
-        self.per_tiles = per_tiles
         self.heads = heads
         self.per_heads = per_heads
+        self.together = together
+        self.per_together = per_together
+        self.round = round
+        self.per_round = per_round
         self.seqlen_q = seqlen_q
         self.seqlen_k = seqlen_k
         self.GROUP = gl.constexpr(GROUP)
@@ -124,30 +128,22 @@ class Work:
 
     @gluon.jit
     def index(self, turn):
-        """The block's item at `turn`. Causal, an item takes two turns."""
-        return (turn // 2 if self.CAUSAL else turn) * self.step + self.first
+        """The block's item at `turn`. To and fro over the blocks: who had fewer keys in one turn has more in the next."""
+        place = gl.where((turn & 1) == 0, self.first, self.step - 1 - self.first)
+        return turn * self.step + place
 
     @gluon.jit
     def item(self, turn):
-        """(row tile, head, batch). Batches are outermost: K and V of those at work at once have to fit into the L2.
-
-        Causal, an item is a row tile and, in its second turn, the one that lies as far from the other end: together
-        they see as many keys as any other two, so that all blocks have as much to do. `tiles` counts such items; of an
-        odd number of row tiles the one in the middle is computed twice.
+        """(row tile, head, batch). So many heads together as the launch says, then the next ones, batches outermost; of
+        these the last rows first, which see the most keys where there is a diagonal.
         """
         index = self.index(turn)
-        if self.CAUSAL:
-            level = divide(index, self.per_heads)
-            head = index - level * self.heads
-            batch = divide(level, self.per_tiles)
-            near = level - batch * self.tiles
-            row_tile = gl.where((turn & 1) == 0, self.row_tiles - 1 - near, near)
-        else:
-            pair = divide(index, self.per_tiles)
-            row_tile = index - pair * self.tiles
-            batch = divide(pair, self.per_heads)
-            head = pair - batch * self.heads
-        return row_tile, head, batch
+        before = divide(index, self.per_round)
+        index -= before * self.round
+        level = divide(index, self.per_together)
+        pair = before * self.together + index - level * self.together
+        batch = divide(pair, self.per_heads)
+        return self.row_tiles - 1 - level, pair - batch * self.heads, batch
 
     @gluon.jit
     def keys(self, end):
@@ -389,8 +385,8 @@ def _consume(
 
 @gluon.jit
 def attention_forward_specialized(
-    q_desc, k_desc, v_desc, o_desc, lse, qk_scale, longest_q, longest_k, row_tiles, tiles, per_tiles, heads, per_heads,
-    items, blocks,
+    q_desc, k_desc, v_desc, o_desc, lse, qk_scale, longest_q, longest_k, row_tiles, heads, per_heads, together,
+    per_together, round, per_round, items, blocks,
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr, D: gl.constexpr,
     MORE_D: gl.constexpr, DV: gl.constexpr, MORE_DV: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -399,8 +395,8 @@ def attention_forward_specialized(
 
     D + MORE_D and DV + MORE_DV: the columns of a box that are multiplied, in one part or two. GROUPS: warpgroups that
     compute. STAGES: buffers each for K and V. REGISTERS: of a thread that computes; what the producer leaves goes to
-    the first warpgroup. The boxes of q_desc and o_desc are one warpgroup's rows, row_tiles count a block's; tiles:
-    items of one head. blocks: of the grid, for a register less than asking for it.
+    the first warpgroup. The boxes of q_desc and o_desc are one warpgroup's rows, row_tiles count a block's; together:
+    heads, of all batches, whose items come together; round: how many these are. blocks: of the grid, for a register less than asking for it.
     """
     dtype: gl.constexpr = q_desc.dtype
     ROWS: gl.constexpr = q_desc.block_shape[2]
@@ -427,8 +423,8 @@ def attention_forward_specialized(
     values.prepare(GROUPS)
     fence_async_shared()
     work = Work(
-        gl.program_id(0), blocks, items, row_tiles, tiles, per_tiles, heads, per_heads, longest_q, longest_k, GROUP,
-        CAUSAL, BLOCK_N,
+        gl.program_id(0), blocks, items, row_tiles, heads, per_heads, together, per_together, round, per_round,
+        longest_q, longest_k, GROUP, CAUSAL, BLOCK_N,
     )  # fmt: skip
     gdc_wait()  # the set-up above overlaps with whatever ran before in the stream; it has now written its results
     gdc_launch_dependents()  # a next kernel's blocks find no room before ours end
