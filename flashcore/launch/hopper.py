@@ -127,7 +127,7 @@ def _specialized(p: Problem, config: Config, scale: float, target: Target) -> Bi
     row_tiles = -(-p.seqlen_q // config.block_m)
     items = row_tiles * p.heads_q * p.batch
     blocks = min(items, target.sms * blocks_per_sm(p, config, target))
-    together = p.batch * p.heads_q if p.is_causal else 1  # heads of all batches
+    together = _together(p, config, blocks) if p.is_causal else 1
     queries, keys = (p.heads_q, p.seqlen_q), (p.heads_kv, p.seqlen_k)
     args: dict[str, Any] = {
         "q_desc": _plain(p, "q", (*queries, p.head_dim), p.stride_q, (rows, block_d)),
@@ -140,7 +140,7 @@ def _specialized(p: Problem, config: Config, scale: float, target: Target) -> Bi
     args |= score_scalars(p, scale)
     args |= {"longest_q": Scalar("i32", p.seqlen_q), "longest_k": Scalar("i32", p.seqlen_k)}
     args["row_tiles"] = Scalar("i32", row_tiles)
-    args |= _divisors(heads=p.heads_q, together=together, round=together * row_tiles)
+    args |= _divisors(heads=p.heads_q, together=together, cohort=together * row_tiles)
     args |= {"items": Scalar("i32", items), "blocks": Scalar("i32", blocks)}
     constexprs: dict[str, Any] = {} if p.return_lse else {"lse": None}
     constexprs |= {
@@ -209,9 +209,47 @@ def _at_once(p: Problem, heads: int, items: int, target: Target) -> int:
     if key_heads * keys + p.batch * p.heads_q * queries <= 2 * _KEPT:  # with q and the output, which pass once
         return p.batch * heads
     most = max(_KEPT * min(1.0, p.seqlen_k / 1024) ** 2, _KEPT / 32)
-    pairs = ((i, key_heads // i) for i in range(1, math.isqrt(key_heads) + 1) if key_heads % i == 0)
-    divisors = [d for pair in pairs for d in pair if key_heads // d <= MAX_GRID_YZ]
+    divisors = [d for d in _divisors_of(key_heads) if key_heads // d <= MAX_GRID_YZ]
     return heads // p.heads_kv * min(divisors, key=lambda d: abs(math.log(d * keys / most)))
+
+
+def _together(p: Problem, config: Config, blocks: int) -> int:
+    """Of how many heads, of all batches, the items of warpgroups come together, causal: as deals all blocks the most
+    even shares of keys. With few keys it should fit into the L2, too, or costs up to 2%, as was measured.
+    """
+    keys = p.seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize  # bytes of a head
+    row_tiles = -(-p.seqlen_q // config.block_m)
+    items = row_tiles * p.batch * p.heads_q
+
+    def cost(d: int) -> tuple[float, int]:
+        passes = p.seqlen_k < 4096 and d * keys > 2 * _KEPT  # through the L2, without staying
+        return _busiest(p, config, blocks, d * p.group) + passes * 0.02 * min(1.0, d / blocks), -d
+
+    # `divide` is exact for them
+    exact = [d for d in _divisors_of(p.batch * p.heads_kv) if d * p.group * row_tiles * (items + 2**12) < 2**32]
+    return p.group * min(exact, key=cost, default=1)
+
+
+def _busiest(p: Problem, config: Config, blocks: int, together: int) -> float:
+    """What the busiest of every fifth block has to do, over the mean, in tiles of keys and half a one for an item's
+    start and end; items are dealt as the kernel does it.
+    """
+    row_tiles = -(-p.seqlen_q // config.block_m)
+    ends = (p.seqlen_k - p.seqlen_q + config.block_m * (i + 1) for i in reversed(range(row_tiles)))
+    tiles = [-(-min(end, p.seqlen_k) // config.block_n) + 0.5 for end in ends]
+    items = row_tiles * p.batch * p.heads_q
+
+    def share(block: int) -> float:
+        turns = enumerate(range(0, items, blocks))
+        dealt = (begin + (blocks - 1 - block if turn % 2 else block) for turn, begin in turns)
+        return sum(tiles[item % (together * row_tiles) // together] for item in dealt if item < items)
+
+    return max(map(share, range(0, blocks, 5))) * blocks / (sum(tiles) * p.batch * p.heads_q)
+
+
+def _divisors_of(number: int) -> list[int]:
+    pairs = ((i, number // i) for i in range(1, math.isqrt(number) + 1) if number % i == 0)
+    return sorted({d for pair in pairs for d in pair})
 
 
 def _slices(p: Problem, config: Config) -> int:

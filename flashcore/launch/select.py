@@ -2,9 +2,10 @@
 
 The allow-list below holds every configuration that FlashCore ever runs. Each was compiled for its architecture with
 no register spilled for plain problems, but for 8 and 16 bytes of two Hopper tiles between head dimensions 64 and 96,
-causal under Triton 3.6, and causal with lse under 3.9; in the portable kernel rows that are not 16-byte aligned spill
-some, and on sm_80 and sm_89 packed sequences with a soft cap and lse. A tuning table and the caller's block sizes only
-point into the list.
+causal under Triton 3.6, and causal with lse under 3.9, and up to 24 of three warpgroups at larger ones, causal under
+3.6 and 3.7, stored once and loaded between loops; in the portable kernel rows that are not 16-byte aligned spill some,
+and on sm_80 and sm_89 packed sequences with a soft cap and lse. A tuning table and the caller's block sizes only point
+into the list.
 """
 
 from __future__ import annotations
@@ -240,16 +241,16 @@ def _hopper_lengths(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[Config, ...]:
 
 
 def _specialized(problem: Problem, target: Target) -> tuple[Config, ...]:
-    """Blocks of warpgroups that share K and V: three, with 160 registers a thread, and two, with 240; causal two, since
-    three are slower there. Small blocks are faster at head dimensions up to 64, causal up to 96.
+    """Blocks of warpgroups that share K and V: three, with 160 registers a thread, and two, with 240, which waste fewer
+    rows where these are few. Small blocks are faster at head dimensions up to 64, and causal than two up to 96.
     """
     p, dim = problem, max(problem.head_dim, problem.head_dim_v)
-    if dim <= (96 if p.is_causal else 64) or p.seqlen_k <= 128 or not _counts(p, 128) or pack_gqa(p, 64) > 1:
+    if dim <= 64 or p.seqlen_k <= 128 or not _counts(p, 128) or pack_gqa(p, 64) > 1:
         return ()
     if p.is_causal and (p.seqlen_q > p.seqlen_k or -(-p.seqlen_q // 128) * p.batch * p.heads_q < target.sms):
         return ()  # rows that see no key, or fewer blocks than SMs
     three, two = (Config("hopper", m, 128, m // 16, 2, "specialized", r) for m, r in ((192, 160), (128, 240)))
-    return (two,) if p.is_causal else (three, two)
+    return (three,) if p.is_causal and dim <= 96 else (three, two)
 
 
 def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:

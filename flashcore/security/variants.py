@@ -216,7 +216,8 @@ def _controls(target: Target) -> Iterator[Variant]:
             problem = problems[control]
             found = list(_chosen(problem, kernel, target))
             if found and control == "specialized rescale":
-                found = [Variant(problem, c, target) for c in _specialized(target, is_causal=True)]
+                overlapped = (c for c in _specialized(target, is_causal=True) if c.block_m == 128)  # the mutant's
+                found = [Variant(problem, c, target) for c in overlapped]
             yield from (replace(v, control=control) for v in found)
 
 

@@ -82,6 +82,9 @@ TRIALS = {
     "shared, many": Trial(Shape(10, 16, 400, 128, heads_kv=4, seqlen_k=256), config=THREE),
     "shared, negative": Trial(Shape(1, 2, 200, 128, seqlen_k=300), options={"scale": -0.1}, config=TWO),
     "shared, causal": Trial(Shape(2, 4, 500, 128, heads_kv=2, seqlen_k=700), options={"is_causal": True}, config=TWO),
+    "shared, causal, many": Trial(
+        Shape(10, 16, 400, 128, heads_kv=4, seqlen_k=500), options={"is_causal": True}, config=THREE
+    ),
     "strides": Trial(layouts=("contiguous", "bshd", "contiguous"), out="bshd"),
 }
 

@@ -125,8 +125,6 @@ def test_no_grid_is_larger_than_its_items(batch: int, heads: int, seqlen: int, h
     asked = problem(batch, heads, seqlen, head_dim, is_causal=causal)
     for config in hopper_configs(asked):
         tiles = math.ceil(seqlen / config.block_m)
-        if causal and config.schedule == "specialized":
-            tiles = math.ceil(tiles / 2)  # two are one item
         items = batch * heads * tiles
         grid = bind(asked, config).grid
         if config.schedule:

@@ -97,8 +97,8 @@ class Work:
     per_heads: gl.tensor
     together: gl.tensor
     per_together: gl.tensor
-    round: gl.tensor
-    per_round: gl.tensor
+    cohort: gl.tensor
+    per_cohort: gl.tensor
     seqlen_q: gl.tensor
     seqlen_k: gl.tensor
     GROUP: gl.constexpr
@@ -107,7 +107,7 @@ class Work:
 
     @gluon.constexpr_function
     def __init__(
-        self, first, step, items, row_tiles, heads, per_heads, together, per_together, round, per_round, seqlen_q,
+        self, first, step, items, row_tiles, heads, per_heads, together, per_together, cohort, per_cohort, seqlen_q,
         seqlen_k, GROUP, CAUSAL, BLOCK_N,
     ):  # fmt: skip
         self.first = first
@@ -118,8 +118,8 @@ class Work:
         self.per_heads = per_heads
         self.together = together
         self.per_together = per_together
-        self.round = round
-        self.per_round = per_round
+        self.cohort = cohort
+        self.per_cohort = per_cohort
         self.seqlen_q = seqlen_q
         self.seqlen_k = seqlen_k
         self.GROUP = gl.constexpr(GROUP)
@@ -128,7 +128,7 @@ class Work:
 
     @gluon.jit
     def index(self, turn):
-        """The block's item at `turn`. To and fro over the blocks: who had fewer keys in one turn has more in the next."""
+        """The block's item at `turn`. To and fro over the blocks: who had fewer keys in one has more in the next."""
         place = gl.where((turn & 1) == 0, self.first, self.step - 1 - self.first)
         return turn * self.step + place
 
@@ -138,8 +138,8 @@ class Work:
         these the last rows first, which see the most keys where there is a diagonal.
         """
         index = self.index(turn)
-        before = divide(index, self.per_round)
-        index -= before * self.round
+        before = divide(index, self.per_cohort)
+        index -= before * self.cohort
         level = divide(index, self.per_together)
         pair = before * self.together + index - level * self.together
         batch = divide(pair, self.per_heads)
@@ -386,7 +386,7 @@ def _consume(
 @gluon.jit
 def attention_forward_specialized(
     q_desc, k_desc, v_desc, o_desc, lse, qk_scale, longest_q, longest_k, row_tiles, heads, per_heads, together,
-    per_together, round, per_round, items, blocks,
+    per_together, cohort, per_cohort, items, blocks,
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr, D: gl.constexpr,
     MORE_D: gl.constexpr, DV: gl.constexpr, MORE_DV: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -395,8 +395,9 @@ def attention_forward_specialized(
 
     D + MORE_D and DV + MORE_DV: the columns of a box that are multiplied, in one part or two. GROUPS: warpgroups that
     compute. STAGES: buffers each for K and V. REGISTERS: of a thread that computes; what the producer leaves goes to
-    the first warpgroup. The boxes of q_desc and o_desc are one warpgroup's rows, row_tiles count a block's; together:
-    heads, of all batches, whose items come together; round: how many these are. blocks: of the grid, for a register less than asking for it.
+    the first warpgroup. The boxes of q_desc and o_desc are one warpgroup's rows, row_tiles count a block's. together:
+    heads, of all batches, whose items come together; cohort: these items. blocks: of the grid, for a register less than
+    asking for it.
     """
     dtype: gl.constexpr = q_desc.dtype
     ROWS: gl.constexpr = q_desc.block_shape[2]
@@ -423,7 +424,7 @@ def attention_forward_specialized(
     values.prepare(GROUPS)
     fence_async_shared()
     work = Work(
-        gl.program_id(0), blocks, items, row_tiles, heads, per_heads, together, per_together, round, per_round,
+        gl.program_id(0), blocks, items, row_tiles, heads, per_heads, together, per_together, cohort, per_cohort,
         longest_q, longest_k, GROUP, CAUSAL, BLOCK_N,
     )  # fmt: skip
     gdc_wait()  # the set-up above overlaps with whatever ran before in the stream; it has now written its results
