@@ -225,19 +225,21 @@ def _together(p: Problem, config: Config, blocks: int) -> int:
         passes = p.seqlen_k < 4096 and d * keys > 2 * _KEPT  # through the L2, without staying
         return _busiest(p, config, blocks, d * p.group) + passes * 0.02 * min(1.0, d / blocks), -d
 
-    # `divide` is exact for them
-    exact = [d for d in _divisors_of(p.batch * p.heads_kv) if d * p.group * row_tiles * (items + 2**12) < 2**32]
+    divisors = _divisors_of(p.batch * p.heads_kv)
+    exact = [d for d in divisors if d * p.group * row_tiles * (items + 2**12) < 2**32]  # for the kernel's `divide`
     return p.group * min(exact, key=cost, default=1)
 
 
 def _busiest(p: Problem, config: Config, blocks: int, together: int) -> float:
     """What the busiest of every fifth block has to do, over the mean, in tiles of keys and half a one for an item's
-    start and end; items are dealt as the kernel does it.
+    start and end; items are dealt as the kernel does it, and in many turns even out.
     """
     row_tiles = -(-p.seqlen_q // config.block_m)
+    items = row_tiles * p.batch * p.heads_q
+    if items > 40 * blocks:
+        return 1.0
     ends = (p.seqlen_k - p.seqlen_q + config.block_m * (i + 1) for i in reversed(range(row_tiles)))
     tiles = [-(-min(end, p.seqlen_k) // config.block_n) + 0.5 for end in ends]
-    items = row_tiles * p.batch * p.heads_q
 
     def share(block: int) -> float:
         turns = enumerate(range(0, items, blocks))
