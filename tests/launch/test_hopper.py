@@ -26,7 +26,6 @@ from flashcore.launch.select import _counts, candidates, select
 
 FLAT = Config("hopper", 64, 128, 4, 1, "", 128)
 STAYS = Config("hopper", 64, 128, 4, 1, "persistent", 128)
-THREE = Config("hopper", 192, 128, 12, 2, "specialized", 160)
 B200 = Target("NVIDIA B200", (10, 0), 148, 232_448, 233_472, 126 * 2**20)
 T4 = Target("Tesla T4", (7, 5), 40, 65_536, 65_536, 4 * 2**20)
 
@@ -132,55 +131,6 @@ def test_no_grid_is_larger_than_its_items(batch: int, heads: int, seqlen: int, h
             assert grid == (min(items, H100.sms * hopper.blocks_per_sm(asked, config, H100)), 1, 1)
         else:
             assert math.prod(grid) == items
-
-
-# -- causal items of warpgroups ---------------------------------------------------------------------------------
-
-
-def dealt(values: dict[str, Any]) -> Iterator[tuple[int, int, int]]:
-    """(block, row tile, pair of head and batch) as the kernel deals its items."""
-    for block, turn in product(range(values["blocks"]), range(-(-values["items"] // values["blocks"]))):
-        item = turn * values["blocks"] + (values["blocks"] - 1 - block if turn % 2 else block)
-        if item < values["items"]:
-            cohort, place = divmod(item, values["cohort"])
-            level, pair = divmod(place, values["together"])
-            yield block, values["row_tiles"] - 1 - level, cohort * values["together"] + pair
-
-
-@pytest.mark.parametrize(
-    ("batch", "heads", "heads_kv", "seqlen", "together"),
-    [(1, 16, 16, 16_384, 16), (2, 16, 16, 8192, 32), (8, 16, 16, 4096, 32), (8, 16, 16, 2048, 32),
-     (16, 16, 16, 2048, 64), (8, 32, 8, 2048, 64), (4, 32, 8, 4096, 32), (512, 16, 16, 2048, 64)],
-)  # fmt: skip
-def test_heads_that_come_together(batch: int, heads: int, heads_kv: int, seqlen: int, together: int) -> None:
-    """As many as were measured to be fastest; of thousands, whose items even out, as many as fit into the L2."""
-    asked = problem(batch, heads, seqlen, 128, heads_kv=heads_kv, is_causal=True)
-    values = scalars(bind(asked, THREE))
-    assert values["together"] == together and values["cohort"] == together * values["row_tiles"]
-    assert scalars(bind(dataclasses.replace(asked, is_causal=False), THREE))["together"] == 1
-
-
-@pytest.mark.parametrize(("batch", "heads", "seqlen"), [(1, 16, 16_384), (2, 16, 8192), (3, 7, 2500), (8, 16, 2048)])
-def test_every_item_is_dealt_once_and_shares_are_even(batch: int, heads: int, seqlen: int) -> None:
-    values = scalars(bind(problem(batch, heads, seqlen, 128, is_causal=True), THREE))
-    found = list(dealt(values))
-    assert len(set(found)) == len(found) == values["items"]
-    assert {(row_tile, pair) for _, row_tile, pair in found} == set(
-        product(range(-(-seqlen // 192)), range(batch * heads))
-    )
-    keys = [0] * values["blocks"]
-    for block, row_tile, _ in found:
-        keys[block] += -(-min((row_tile + 1) * 192, seqlen) // 128)
-    assert max(keys) < 1.07 * sum(keys) / len(keys)
-
-
-@given(st.integers(1, 70_000), st.sampled_from([1, 3, 4]), st.integers(192, 40_000))
-def test_items_are_few_enough_for_reciprocals(heads_kv: int, group: int, seqlen: int) -> None:
-    asked = problem(1, heads_kv * group, seqlen, 128, heads_kv=heads_kv, is_causal=True)
-    if _counts(asked, 128):
-        values = scalars(bind(asked, THREE))
-        assert values["cohort"] * (values["items"] + 2 * values["blocks"]) < 2**32
-        assert heads_kv * group % values["together"] == 0 and values["together"] % group == 0
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flashcore.core.config import Config
 from flashcore.core.problem import Problem
 from flashcore.core.target import H100
 from flashcore.launch import hopper, select
-from flashcore.launch.binding import Binding, Tma
+from flashcore.launch.binding import Binding, Scalar, Tma
 from flashcore.launch.capability import reasons
 
 FLAT = Config("hopper", 64, 64, 4, 1, "", 128)
+THREE = Config("hopper", 192, 128, 12, 2, "specialized", 160)
 
 
 def problem(batch: int, heads: int, heads_kv: int, seqlen: int, head_dim: int = 64, layout: str = "bhsd") -> Problem:
@@ -31,6 +36,10 @@ def problem(batch: int, heads: int, heads_kv: int, seqlen: int, head_dim: int = 
 
 def bind(asked: Problem, config: Config = FLAT) -> Binding:
     return hopper.bind(asked, config, 0.125, H100)
+
+
+def scalars(binding: Binding) -> dict[str, Any]:
+    return {name: a.value for name, a in binding.args.items() if isinstance(a, Scalar)}
 
 
 def descriptor(binding: Binding, name: str) -> Tma:
@@ -107,3 +116,52 @@ def test_heads_that_reciprocals_would_confuse_are_refused() -> None:
     assert "reciprocal" in " ".join(reasons("hopper", asked, H100))
     assert not reasons("hopper", dataclasses.replace(asked, batch=65_000), H100)
     assert not reasons("hopper", dataclasses.replace(asked, is_causal=False), H100)
+
+
+# -- causal items of warpgroups ---------------------------------------------------------------------------------
+
+
+def dealt(values: dict[str, Any]) -> Iterator[tuple[int, int, int]]:
+    """(block, row tile, pair of head and batch) as the kernel deals its items."""
+    for block, turn in product(range(values["blocks"]), range(-(-values["items"] // values["blocks"]))):
+        item = turn * values["blocks"] + (values["blocks"] - 1 - block if turn % 2 else block)
+        if item < values["items"]:
+            cohort, place = divmod(item, values["cohort"])
+            level, pair = divmod(place, values["together"])
+            yield block, values["row_tiles"] - 1 - level, cohort * values["together"] + pair
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "heads_kv", "seqlen", "together"),
+    [(1, 16, 16, 16_384, 16), (2, 16, 16, 8192, 32), (8, 16, 16, 4096, 32), (8, 16, 16, 2048, 32),
+     (16, 16, 16, 2048, 64), (8, 32, 8, 2048, 64), (4, 32, 8, 4096, 32), (512, 16, 16, 2048, 64)],
+)  # fmt: skip
+def test_heads_that_come_together(batch: int, heads: int, heads_kv: int, seqlen: int, together: int) -> None:
+    """As many as were measured to be fastest; of thousands, whose items even out, as many as fit into the L2."""
+    asked = problem(batch, heads, heads_kv, seqlen, 128)
+    values = scalars(bind(asked, THREE))
+    assert values["together"] == together and values["cohort"] == together * values["row_tiles"]
+    assert scalars(bind(dataclasses.replace(asked, is_causal=False), THREE))["together"] == 1
+
+
+@pytest.mark.parametrize(("batch", "heads", "seqlen"), [(1, 16, 16_384), (2, 16, 8192), (3, 7, 2500), (8, 16, 2048)])
+def test_every_item_is_dealt_once_and_shares_are_even(batch: int, heads: int, seqlen: int) -> None:
+    values = scalars(bind(problem(batch, heads, heads, seqlen, 128), THREE))
+    found = list(dealt(values))
+    assert len(set(found)) == len(found) == values["items"]
+    assert {(row_tile, pair) for _, row_tile, pair in found} == set(
+        product(range(-(-seqlen // 192)), range(batch * heads))
+    )
+    keys = [0] * values["blocks"]
+    for block, row_tile, _ in found:
+        keys[block] += -(-min((row_tile + 1) * 192, seqlen) // 128)
+    assert max(keys) < 1.07 * sum(keys) / len(keys)
+
+
+@given(st.integers(1, 70_000), st.sampled_from([1, 3, 4]), st.integers(192, 40_000))
+def test_items_are_few_enough_for_reciprocals(heads_kv: int, group: int, seqlen: int) -> None:
+    asked = problem(1, heads_kv * group, heads_kv, seqlen, 128)
+    if select._counts(asked, 128):
+        values = scalars(bind(asked, THREE))
+        assert values["cohort"] * (values["items"] + 2 * values["blocks"]) < 2**32
+        assert heads_kv * group % values["together"] == 0 and values["together"] % group == 0
