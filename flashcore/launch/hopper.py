@@ -236,7 +236,7 @@ def _busiest(p: Problem, config: Config, blocks: int, together: int) -> float:
     """
     row_tiles = -(-p.seqlen_q // config.block_m)
     items = row_tiles * p.batch * p.heads_q
-    if items > 40 * blocks:
+    if items > 64 * blocks:
         return 1.0
     ends = (p.seqlen_k - p.seqlen_q + config.block_m * (i + 1) for i in reversed(range(row_tiles)))
     tiles = [-(-min(end, p.seqlen_k) // config.block_n) + 0.5 for end in ends]

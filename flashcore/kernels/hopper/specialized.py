@@ -6,7 +6,7 @@ lie across the L2's lines, how often they ask. Here one warp loads Q, K and V th
 computes 64 rows against the same tiles of K and V:
 
 * three, each QK, softmax, PV in turn: of three some other one always has products under way;
-* two, for which few rows are more items: each issues the next tile's QK and this tile's PV together, under whose
+* two, where three would have too few items: each issues the next tile's QK and this tile's PV together, under whose
   products its softmax runs (FlashAttention-3, Shah et al. 2024).
 
 One block fills an SM and stays for all its items, which are dealt in advance; the next one's q comes once all have
