@@ -2,8 +2,8 @@
 
 The allow-list below holds every configuration that FlashCore ever runs. Each was compiled for its architecture with
 no register spilled for plain problems, but for 8 and 16 bytes of two Hopper tiles between head dimensions 64 and 96,
-causal under Triton 3.6, and causal with lse under 3.9, and up to 24 of three warpgroups at larger ones, causal under
-3.6 and 3.7, stored once and loaded between loops; in the portable kernel rows that are not 16-byte aligned spill some,
+causal under Triton 3.6, and causal with lse under 3.9, 8 of one at 104 and 120 under 3.9, and up to 24 of three
+warpgroups at dimensions above 96, causal under 3.6 and 3.7, stored once and loaded between loops; in the portable kernel rows that are not 16-byte aligned spill some,
 and on sm_80 and sm_89 packed sequences with a soft cap and lse. A tuning table and the caller's block sizes only point
 into the list.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import chain, product
@@ -180,12 +180,29 @@ _HOPPER_LENGTHS: dict[int, tuple[_Tile, ...]] = {
 }
 
 
+def _half_sectors(p: Problem) -> bool:
+    """Whether a tile's rows of K or V end in half a sector of the L2, 16 of its 32 bytes: TMA was seen to take up to
+    twice as long for these, wherever they begin.
+    """
+    return any(dim > 16 and dim % 16 for dim in (p.head_dim, p.head_dim_v))
+
+
+def _doubled(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[_Tile, ...]:
+    """`tiles` and, where rows end in half a sector, those of twice as many query rows on twice as many warps, which ask
+    for each row of K and V half as often.
+    """
+    doubles = ((128, n, 8, 128) for m, n, _, registers in tiles if m == 64 and registers <= 128)
+    return tuple(dict.fromkeys((*tiles, *doubles))) if _half_sectors(p) else tiles
+
+
 def _mask_alone(p: Problem, mask: Mask, light: tuple[_Tile, ...], width: int, target: Target) -> tuple[Config, ...]:
     """With a mask alone: what was seen to be the fastest, then `light`; `width` is the padded head dimension. With a
     bias, blocks may stay for several items at head dimensions above 32.
     """
     wide, first = p.seqlen_k % 128 == 0 and p.seqlen_k >= 512, None
-    if mask.dtype == torch.bool:
+    if _half_sectors(p) and width != 96 and (width > 96 or mask.dtype != torch.bool):
+        first = (128, 64, 8, 128 if width <= 64 else 168)
+    elif mask.dtype == torch.bool:
         first = (64, 128, 4, 128) if p.seqlen_k == 128 and width <= 64 else None
     elif width == 32:
         first = (64, 128, 4, 168) if p.seqlen_k == 128 else (64, 128, 4, 128) if wide and mask.strides[0] else None
@@ -194,7 +211,7 @@ def _mask_alone(p: Problem, mask: Mask, light: tuple[_Tile, ...], width: int, ta
         first = (64, 128, 4, 168) if wide and not at_once else (64, 64, 4, 128)
     order = light if first is None else (first, *(tile for tile in light if tile != first))
     flat = tuple(Config("hopper", m, n, warps, 1, "", registers) for m, n, warps, registers in order)
-    if first != (64, 64, 4, 128) or p.seqlen_k <= 64 or not _counts(p, 64):
+    if first is None or first[1] != 64 or p.seqlen_k <= 64 or not _counts(p, first[0]):
         return flat
     return (replace(flat[0], schedule="persistent"), *flat)
 
@@ -208,7 +225,7 @@ def _hopper_options(problem: Problem, target: Target) -> tuple[Config, ...]:
     if width is None:
         return ()
     if p.options in (("seqused_k",), ("cu_seqlens",)):
-        return _hopper_lengths(p, _HOPPER_LENGTHS[width])
+        return _hopper_lengths(p, _doubled(p, _HOPPER_LENGTHS[width]))
     light, some, many = _HOPPER_OPTIONS[width]
     wide_mask = p.mask is not None and p.mask.dtype == torch.float32
     burden = len(p.options) + p.is_causal + 2 * wide_mask
@@ -216,10 +233,11 @@ def _hopper_options(problem: Problem, target: Target) -> tuple[Config, ...]:
         first = _HOPPER_BOUNDS[width][len(p.options) - 1]
         others = light if p.options == ("softcap",) and burden == 1 and not p.return_lse else ()
         tiles: tuple[_Tile, ...] = (first, *(tile for tile in others if tile != first))
+        tiles = tiles if p.softcap or dim > 96 else _doubled(p, tiles)
     elif burden > 2:
         tiles = many
     elif burden == 2 or p.return_lse:
-        tiles = some
+        tiles = _doubled(p, some)
     elif p.mask is not None:
         return _mask_alone(p, p.mask, light, width, target)
     else:
@@ -231,10 +249,12 @@ def _hopper_lengths(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[Config, ...]:
     """For lengths on the device: blocks that take one tile and, for seqused_k without more, those that stay, which
     take a few registers more.
     """
+    most = max(p.head_dim, p.head_dim_v)
     flat = tuple(Config("hopper", m, n, warps, 1, "", registers) for m, n, warps, registers in tiles)
+    if p.packed and p.is_causal and p.return_lse and most > 96:
+        return tuple(c for c in flat if c.block_m == 64)  # 128 rows spill
     if p.packed or p.is_causal or p.return_lse or not _counts(p, 64):
         return flat
-    most = max(p.head_dim, p.head_dim_v)
     spilling = 128 if most > 96 else 96 if most > 32 and p.seqlen_k <= 256 else 0  # registers that are too few
     stay = (c for c in flat if p.seqlen_k > c.block_n and c.maxnreg != spilling)
     return (*(replace(c, schedule="persistent") for c in stay), *flat)
@@ -242,15 +262,16 @@ def _hopper_lengths(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[Config, ...]:
 
 def _specialized(problem: Problem, target: Target) -> tuple[Config, ...]:
     """Blocks of warpgroups that share K and V: three, with 160 registers a thread, and two, with 240, which waste fewer
-    rows where these are few. Small blocks are faster at head dimensions up to 64, and causal than two up to 96.
+    rows where these are few. Small blocks are faster at head dimensions up to 64, unless rows end in half a sector, and
+    than two there and causal up to 96.
     """
     p, dim = problem, max(problem.head_dim, problem.head_dim_v)
-    if dim <= 64 or p.seqlen_k <= 128 or not _counts(p, 128) or pack_gqa(p, 64) > 1:
+    if (dim <= 64 and not _half_sectors(p)) or p.seqlen_k <= 128 or not _counts(p, 128) or pack_gqa(p, 64) > 1:
         return ()
     if p.is_causal and (p.seqlen_q > p.seqlen_k or -(-p.seqlen_q // 128) * p.batch * p.heads_q < target.sms):
         return ()  # rows that see no key, or fewer blocks than SMs
     three, two = (Config("hopper", m, 128, m // 16, 2, "specialized", r) for m, r in ((192, 160), (128, 240)))
-    return (three,) if p.is_causal and dim <= 96 else (three, two)
+    return (three,) if dim <= 64 or (p.is_causal and dim <= 96) else (three, two)
 
 
 def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
@@ -260,7 +281,7 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
     if problem.options:
         return _hopper_options(problem, target)
     dim = max(problem.head_dim, problem.head_dim_v)
-    lists = next((_HOPPER[padded] for padded in _HOPPER if dim <= padded), ((),) * 4)
+    lists = [_doubled(problem, tiles) for tiles in next((_HOPPER[w] for w in _HOPPER if dim <= w), ((),) * 4)]
     plain, tailed, diagonal, masked = lists
     configs = []
     for tile, schedule in product(dict.fromkeys(chain(*lists)), ("", "persistent")):
@@ -282,8 +303,9 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
             continue  # nothing but one pass without a mask fits
         if schedule and (single or not _counts(problem, m) or pack_gqa(problem, m) > 1):
             continue
-        tight = dim > 96 or (dim > 32 and n == 128)
-        if schedule and registers == 128 and tight and tail_tile(problem, n):
+        tight = registers == 128 and (dim > 96 or (dim > 32 and n == 128))
+        tight = tight or (problem.return_lse and not problem.is_causal and (registers < 128 or 64 < dim <= 96))
+        if schedule and tight and tail_tile(problem, n):
             continue  # a second copy of the loop and the next item together spill
         configs.append(Config("hopper", m, n, warps, 1, schedule, registers))
     return (*configs, *_specialized(problem, target))
@@ -392,15 +414,24 @@ def _listed(row: lookup.Row, target: Target) -> tuple[Config, ...] | None:
 _MANY_KEYS = 1024  # from which on blocks that stay for several items were seen to cost
 
 
+def _many_requests(p: Problem) -> bool:
+    """Whether TMA's requests for rows of K and V bind in tiles of 64 query rows: where these end in half a sector, or lie
+    across the L2's lines, at head dimensions between 64 and 96. Half a sector alone makes up for what 128 rows cost where
+    each sees few keys, from 72 columns on, or where they fill the ends of packed sequences worse.
+    """
+    dim = max(p.head_dim, p.head_dim_v)
+    if p.window != (-1, -1) or (p.options and p.is_causal) or (p.mask is not None and p.mask.dtype == torch.bool):
+        return _half_sectors(p) and dim > 64
+    return _half_sectors(p) or (64 < dim <= 96 and not p.packed)
+
+
 def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
     """The Hopper kernel's first configuration where it serves; where keys are few, as blocks that stay for up to four
     items each, and more than two where these are of unlike lengths. That saves a block's start and end, which are
     nothing beside many keys: then the next tile had better go to whichever SM is done first. For twice as many, blocks
     of warpgroups that share K and V, where they serve and fill the GPU.
 
-    Else 128 rows for head dimensions between 64 and 96, where there is a block for every SM: rows of K and V then lie
-    across the L2's lines, and TMA's requests bind, which 128 rows halve. 64 otherwise, and for packed sequences, whose
-    ends 128 rows fill worse.
+    Else 128 rows where TMA's requests for rows of K and V bind (`_many_requests`) and some SM has two blocks of 64.
 
     Of the portable kernel the tile nearest to what the shape asks for; the first in the list among equals.
     Rows: 64, the most that 4 warps hold without sharing rows, so that several blocks share an SM and hide each
@@ -417,10 +448,9 @@ def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
     if ours:
         least = 2 if p.ragged else 1
         stays = "persistent" if least < blocks(64) / (4 * target.sms) <= 4 and 128 < p.seqlen_k < _MANY_KEYS else ""
-        dim = max(p.head_dim, p.head_dim_v)
         shared = p.seqlen_k >= 2 * _MANY_KEYS and blocks(128) >= target.sms
         ours = [c for c in ours if (c.schedule == "specialized") == shared] or ours
-        wide = 64 < dim <= 96 and blocks(128) >= target.sms and not p.packed
+        wide = _many_requests(p) and blocks(64) > target.sms
         ours = [c for c in ours if (c.block_m == 128) == wide] or ours
         return next((c for c in ours if c.schedule == stays), ours[0])
     rows = 64
@@ -446,7 +476,8 @@ def shipped(target: Target) -> Iterator[tuple[Problem, Config]]:
     plain = [_problem(head_dim=dim, seqlen_q=n) for dim in (32, 64, 80, 128, 256) for n in (128, 257, 512)]
     plain += [_problem(torch.bfloat16, head_dim=64, heads_kv=2, seqlen_q=512, is_causal=c) for c in (False, True)]
     yield from dict.fromkeys((problem, select(problem, target)) for problem in plain)
-    for dim in _HEAD_DIMS:
+    known: dict[int, Container[Config]] = {}
+    for dim in (*_HEAD_DIMS, 40, 104):  # these for what only rows that end in half a sector have
         largest: dict[tuple[Config, str], Problem] = {}
         for seqlen, is_causal in ((197, True), (64, True), (512, False), (224, False), (290, False), (100, False)):
             for lse in (True, False):
@@ -455,7 +486,9 @@ def shipped(target: Target) -> Iterator[tuple[Problem, Config]]:
                     narrow = ""  # which sort of narrow tiles it has
                     if config.kernel == "hopper" and tail_tile(problem, config.block_n):
                         narrow = "diagonal" if is_causal else "last"
-                    largest.setdefault((config, narrow), problem)
+                    if config not in known.get(padded(dim, False), ()):
+                        largest.setdefault((config, narrow), problem)
+        known[dim] = {config for config, _ in largest}
         yield from ((problem, config) for (config, _), problem in largest.items())
 
 

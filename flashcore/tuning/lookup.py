@@ -42,9 +42,9 @@ REACH_HEAD_DIM = 1.5
 # another length. A tile of 128 keys can be so where one of 64 is not.
 UNEVEN = 4.0
 HALF = 2.0
-# Rows that lie across the L2's lines, of head dimensions that are no power of two, cost TMA more requests, which tiles
-# of more rows make up for.
-ACROSS = 2.0
+# Rows that end in half a sector of the L2, or lie across its lines, cost TMA more requests, which tiles of more rows
+# make up for.
+REQUESTS = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +91,12 @@ def row(problem: Problem, config: Config, us: float, machine: str, commit: str) 
 def nearest(problem: Problem, rows: Iterable[Row]) -> Row | None:
     """The row that speaks for `problem`, or None: of those with its mask, the one with the smallest product of the
     ratios of both lengths, heads and head dimension, none of them out of reach, of UNEVEN where only one of the two has
-    keys that fill tiles of 64, else HALF where only one has keys that fill tiles of 128, and of ACROSS where only one's
-    rows lie across lines. A row of the problem's dtype wins a tie, then the first.
+    keys that fill tiles of 64, else HALF where only one has keys that fill tiles of 128, and of REQUESTS where their rows
+    cost TMA unlike requests. A row of the problem's dtype wins a tie, then the first.
     """
     best: tuple[tuple[float, bool], Row] | None = None
     heads = min(problem.batch * problem.heads_q, MANY_HEADS)
+    requests = _requests(problem.head_dim)
     for candidate in rows:
         if candidate.is_causal != problem.is_causal:
             continue
@@ -106,8 +107,8 @@ def nearest(problem: Problem, rows: Iterable[Row]) -> Row | None:
         if keys > REACH or many > REACH:
             continue
         unlike = _unlike(candidate.seqlen_k, problem.seqlen_k)
-        if _across(candidate.head_dim) != _across(problem.head_dim):
-            unlike *= ACROSS
+        if _requests(candidate.head_dim) != requests:
+            unlike *= REQUESTS
         distance = (queries * keys * many * head_dim * unlike, DTYPES[candidate.dtype] != problem.dtype)
         if best is None or distance < best[0]:
             best = distance, candidate
@@ -120,8 +121,11 @@ def _unlike(keys: int, others: int) -> float:
     return HALF if (keys % 128 == 0) != (others % 128 == 0) else 1.0
 
 
-def _across(dim: int) -> bool:
-    return dim & (dim - 1) != 0
+def _requests(dim: int) -> str:
+    """Why TMA asks more often than once a line for a row of so many columns of two bytes."""
+    if dim > 16 and dim % 16:
+        return "half a sector"
+    return "across lines" if dim > 64 and dim & (dim - 1) else ""
 
 
 def _ratio(a: int, b: int) -> float:

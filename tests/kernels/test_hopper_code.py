@@ -93,6 +93,7 @@ VARIANTS = pytest.mark.parametrize(
         variant("uneven-gqa", 128, 64, 128, seqlen=500, heads_kv=2),
         variant("one-pass-uneven-lse", 64, 256, 255, seqlen=197, return_lse=True),
         variant("dim-16", 64, 128, 128, head_dim=16),
+        variant("dim-40-128-rows", 128, 64, 128, head_dim=40),
         variant("dim-128-lse", 64, 128, 255, head_dim=128, return_lse=True),
         variant("dim-128-64-persistent", 128, 128, 255, "persistent", head_dim=128, head_dim_v=64),
     ],
@@ -203,6 +204,11 @@ def test_resources(asked: Problem, config: Config) -> None:
         pytest.param(problem(100, head_dim=32, is_causal=True, return_lse=True), id="dim-32-single-causal-lse"),
         pytest.param(problem(head_dim=128, return_lse=True), id="dim-128-lse"),
         pytest.param(problem(128, head_dim=128), id="dim-128-single"),
+        pytest.param(problem(500, head_dim=24, return_lse=True), id="dim-24-uneven-lse"),
+        pytest.param(problem(577, head_dim=40, is_causal=True, return_lse=True), id="dim-40-odd-causal-lse"),
+        pytest.param(problem(224, head_dim=56, return_lse=True), id="dim-56-32-keys-more-lse"),
+        pytest.param(problem(256, head_dim=88, return_lse=True), id="dim-88-lse"),
+        pytest.param(problem(500, head_dim=104), id="dim-104-uneven"),
         pytest.param(problem(128, head_dim=128, is_causal=True), id="dim-128-single-causal"),
     ],
 )
@@ -249,6 +255,11 @@ BIAS = Mask(torch.float16, (0, 512 * 512, 512, 1))
         pytest.param(packed(is_causal=True, return_lse=True), id="packed-causal-lse"),
         pytest.param(packed(head_dim=96), id="packed-dim-96"),
         pytest.param(packed(head_dim=128, is_causal=True, return_lse=True), id="packed-dim-128-causal-lse"),
+        pytest.param(problem(mask=BIAS, head_dim=40, return_lse=True), id="bias-dim-40-lse"),
+        pytest.param(problem(mask=BIAS, head_dim=104), id="bias-dim-104"),
+        pytest.param(problem(window=(128, 16), head_dim=72), id="window-dim-72"),
+        pytest.param(problem(seqused_k=True, head_dim=104, is_causal=True, return_lse=True), id="seqused_k-dim-104-lse"),
+        pytest.param(packed(head_dim=40, is_causal=True, return_lse=True), id="packed-dim-40-causal-lse"),
     ],
 )
 def test_nothing_that_an_option_may_choose_spills(asked: Problem) -> None:
@@ -384,6 +395,7 @@ SPECIALIZED = pytest.mark.parametrize(
         pytest.param(problem(2048, 64, head_dim_v=128), THREE, id="three-64-128"),
         pytest.param(problem(2000, 96, return_lse=True), THREE, id="three-96-uneven-lse"),
         pytest.param(problem(2048, 72, return_lse=True), TWO, id="two-72-lse"),
+        pytest.param(problem(2000, 40, is_causal=True, return_lse=True), THREE, id="three-40-causal-uneven-lse"),
         pytest.param(problem(2048, 128, is_causal=True), THREE, id="three-causal"),
         pytest.param(problem(2000, 128, is_causal=True, return_lse=True), THREE, id="three-causal-uneven-lse"),
         pytest.param(problem(2000, 96, is_causal=True, return_lse=True), THREE, id="three-96-causal-uneven-lse"),
@@ -399,11 +411,11 @@ def test_warpgroups_are_on_the_allow_list(asked: Problem, config: Config) -> Non
 @pytest.mark.parametrize(
     "asked",
     [
-        problem(2048, 64), problem(16_384, 64), problem(2048, 32), problem(128, 128), problem(128, 96),
+        problem(2048, 64), problem(16_384, 64), problem(2048, 48), problem(128, 128), problem(128, 96),
         problem(2048, 128, window=(5, 5)), problem(2048, 128, softcap=5.0),
         problem(2048, 128, seqlen_k=1024, is_causal=True),
     ],
-    ids=["dim-64", "dim-64-long", "dim-32", "one-tile", "one-tile-dim-96", "window", "softcap", "rows-without-keys"],
+    ids=["dim-64", "dim-64-long", "dim-48", "one-tile", "one-tile-dim-96", "window", "softcap", "rows-without-keys"],
 )
 def test_warpgroups_are_not_for(asked: Problem) -> None:
     assert not {config.schedule for config in configs(asked)} & {"specialized"}
@@ -412,7 +424,7 @@ def test_warpgroups_are_not_for(asked: Problem) -> None:
 def test_how_many_warpgroups() -> None:
     for change, expected in (
         ({"return_lse": True}, [THREE, TWO]), ({"seqlen": 2000}, [THREE, TWO]), ({"is_causal": True}, [THREE, TWO]),
-        ({"is_causal": True, "head_dim": 96}, [THREE]),
+        ({"is_causal": True, "head_dim": 96}, [THREE]), ({"head_dim": 40}, [THREE]), ({"head_dim": 24}, [THREE]),
     ):  # fmt: skip
         found = configs(problem(**{"seqlen": 2048, "head_dim": 128, **change}))
         assert [c for c in found if c.schedule == "specialized"] == expected

@@ -46,7 +46,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[lookup.Row]]:
 SHAPES = [
     problem(batch, seqlen, head_dim, is_causal=causal)
     for batch, seqlen, head_dim, causal in itertools.product(
-        (1, 8, 70_000), (1, 17, 128, 197, 512, 16_384), (8, 64, 80, 96, 128, 160, 256), (False, True)
+        (1, 8, 70_000), (1, 17, 128, 197, 512, 16_384), (8, 40, 64, 80, 96, 104, 128, 160, 256), (False, True)
     )
 ]
 
@@ -118,6 +118,26 @@ def test_blocks_of_unlike_lengths_stay_for_more_than_two_items_and_have_64_packe
     row = (0, 96, 8 * 96)
     packed = dataclasses.replace(wide, packed=(9_000, 9_000), stride_q=row, stride_k=row, stride_v=row, stride_o=row)
     assert select(packed, H100).block_m == 64
+
+
+def test_rows_that_end_in_half_a_sector_get_tiles_of_128_rows(rows: list[lookup.Row]) -> None:
+    def rows_of(*args: int, **change: Any) -> int:
+        return select(problem(*args, **change), H200).block_m
+
+    bias, bools = (Mask(dtype, (0, 512 * 512, 512, 1)) for dtype in (torch.float16, torch.bool))
+    lengths = {"seqused_k": True}
+    for head_dim, half in ((24, True), (32, False), (40, True), (48, False), (56, True), (104, True), (112, False)):
+        for asked in ({}, {"is_causal": True}, {"mask": bias}, lengths):
+            assert rows_of(32, 512, head_dim, **asked) == (128 if half else 64), (head_dim, asked)
+    assert rows_of(1, 512, 40) == 64, "too few blocks"
+    assert rows_of(32, 512, 64, head_dim_v=40) == 128
+    window = {"window": (64, 64)}
+    for head_dim, asked, tile in (
+        (40, window, 64), (72, window, 128), (104, window, 64), (80, window, 64), (40, lengths | {"is_causal": True}, 64),
+        (72, lengths | {"is_causal": True}, 128), (96, lengths | {"is_causal": True}, 64), (40, {"mask": bools}, 64),
+        (104, {"mask": bools}, 128), (96, lengths, 128),
+    ):  # fmt: skip
+        assert rows_of(32, 512, head_dim, **asked) == tile, (head_dim, asked)
 
 
 def test_a_measured_row_decides(rows: list[lookup.Row]) -> None:

@@ -186,7 +186,10 @@ def test_half_a_tile_of_128_is_like_other_halves() -> None:
         assert nearest(asked(seqlen_q=seqlen, seqlen_k=seqlen), (whole, half)) == speaks
 
 
-def test_rows_that_lie_across_lines_speak_for_their_like() -> None:
-    whole, across = at(head_dim=64), at(head_dim=40, block_n=128)
-    for head_dim, speaks in ((56, across), (48, across), (64, whole), (32, across)):
-        assert nearest(asked(head_dim=head_dim), (whole, across)) == speaks
+def test_rows_that_cost_tma_as_many_requests_speak_for_their_like() -> None:
+    whole, half, across = at(head_dim=64), at(head_dim=56, block_n=128), at(head_dim=80, block_m=128)
+    for head_dim, speaks in ((48, whole), (64, whole), (40, half), (72, half), (80, across), (96, across)):
+        assert nearest(asked(head_dim=head_dim), (whole, half, across)) == speaks
+    assert nearest(asked(head_dim=56), (whole,)) == whole
+    near, far = at(head_dim=32, seqlen_q=512, seqlen_k=512), at(head_dim=40, seqlen_q=1024, seqlen_k=1024, block_m=128)
+    assert nearest(asked(head_dim=40, seqlen_q=512, seqlen_k=512), (near, far)) == far
