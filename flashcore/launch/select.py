@@ -3,9 +3,9 @@
 The allow-list below holds every configuration that FlashCore ever runs. Each was compiled for its architecture with
 no register spilled for plain problems, but for 8 and 16 bytes of two Hopper tiles between head dimensions 64 and 96,
 causal under Triton 3.6, and causal with lse under 3.9, 8 of one at 104 and 120 under 3.9, and up to 24 of three
-warpgroups at dimensions above 96, causal under 3.6 and 3.7, stored once and loaded between loops; in the portable kernel rows that are not 16-byte aligned spill some,
-and on sm_80 and sm_89 packed sequences with a soft cap and lse. A tuning table and the caller's block sizes only point
-into the list.
+warpgroups above 96, causal under 3.6 and 3.7, stored once and loaded between loops; in the portable kernel rows that
+are not 16-byte aligned spill some, and on sm_80 and sm_89 packed sequences with a soft cap and lse. A tuning table and
+the caller's block sizes only point into the list.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def _doubled(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[_Tile, ...]:
 
 def _mask_alone(p: Problem, mask: Mask, light: tuple[_Tile, ...], width: int, target: Target) -> tuple[Config, ...]:
     """With a mask alone: what was seen to be the fastest, then `light`; `width` is the padded head dimension. With a
-    bias, blocks may stay for several items at head dimensions above 32.
+    bias, blocks may stay for several items at head dimensions above 32 or where rows end in half a sector.
     """
     wide, first = p.seqlen_k % 128 == 0 and p.seqlen_k >= 512, None
     if _half_sectors(p) and width != 96 and (width > 96 or mask.dtype != torch.bool):
@@ -256,7 +256,7 @@ def _hopper_lengths(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[Config, ...]:
     if p.packed or p.is_causal or p.return_lse or not _counts(p, 64):
         return flat
     spilling = 128 if most > 96 else 96 if most > 32 and p.seqlen_k <= 256 else 0  # registers that are too few
-    stay = (c for c in flat if p.seqlen_k > c.block_n and c.maxnreg != spilling)
+    stay = (c for c in flat if p.seqlen_k > c.block_n and c.maxnreg != spilling and (most > 32 or c.block_m == 64))
     return (*(replace(c, schedule="persistent") for c in stay), *flat)
 
 
@@ -415,9 +415,9 @@ _MANY_KEYS = 1024  # from which on blocks that stay for several items were seen 
 
 
 def _many_requests(p: Problem) -> bool:
-    """Whether TMA's requests for rows of K and V bind in tiles of 64 query rows: where these end in half a sector, or lie
-    across the L2's lines, at head dimensions between 64 and 96. Half a sector alone makes up for what 128 rows cost where
-    each sees few keys, from 72 columns on, or where they fill the ends of packed sequences worse.
+    """Whether TMA's requests for rows of K and V bind in tiles of 64 query rows: where these end in half a sector, or
+    lie across the L2's lines, at head dimensions between 64 and 96. Half a sector alone makes up for what 128 rows cost
+    where each sees few keys, from 72 columns on, or where they fill the ends of packed sequences worse.
     """
     dim = max(p.head_dim, p.head_dim_v)
     if p.window != (-1, -1) or (p.options and p.is_causal) or (p.mask is not None and p.mask.dtype == torch.bool):

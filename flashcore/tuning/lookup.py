@@ -91,8 +91,8 @@ def row(problem: Problem, config: Config, us: float, machine: str, commit: str) 
 def nearest(problem: Problem, rows: Iterable[Row]) -> Row | None:
     """The row that speaks for `problem`, or None: of those with its mask, the one with the smallest product of the
     ratios of both lengths, heads and head dimension, none of them out of reach, of UNEVEN where only one of the two has
-    keys that fill tiles of 64, else HALF where only one has keys that fill tiles of 128, and of REQUESTS where their rows
-    cost TMA unlike requests. A row of the problem's dtype wins a tie, then the first.
+    keys that fill tiles of 64, else HALF where only one has keys that fill tiles of 128, and of REQUESTS where their
+    rows cost TMA unlike requests. A row of the problem's dtype wins a tie, then the first.
     """
     best: tuple[tuple[float, bool], Row] | None = None
     heads = min(problem.batch * problem.heads_q, MANY_HEADS)

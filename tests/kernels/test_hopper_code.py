@@ -258,7 +258,7 @@ BIAS = Mask(torch.float16, (0, 512 * 512, 512, 1))
         pytest.param(problem(mask=BIAS, head_dim=40, return_lse=True), id="bias-dim-40-lse"),
         pytest.param(problem(mask=BIAS, head_dim=104), id="bias-dim-104"),
         pytest.param(problem(window=(128, 16), head_dim=72), id="window-dim-72"),
-        pytest.param(problem(seqused_k=True, head_dim=104, is_causal=True, return_lse=True), id="seqused_k-dim-104-lse"),
+        pytest.param(problem(seqused_k=True, head_dim=104, is_causal=True, return_lse=True), id="lengths-dim-104-lse"),
         pytest.param(packed(head_dim=40, is_causal=True, return_lse=True), id="packed-dim-40-causal-lse"),
     ],
 )

@@ -131,11 +131,10 @@ def test_rows_that_end_in_half_a_sector_get_tiles_of_128_rows(rows: list[lookup.
             assert rows_of(32, 512, head_dim, **asked) == (128 if half else 64), (head_dim, asked)
     assert rows_of(1, 512, 40) == 64, "too few blocks"
     assert rows_of(32, 512, 64, head_dim_v=40) == 128
-    window = {"window": (64, 64)}
+    window, causal = {"window": (64, 64)}, lengths | {"is_causal": True}
     for head_dim, asked, tile in (
-        (40, window, 64), (72, window, 128), (104, window, 64), (80, window, 64), (40, lengths | {"is_causal": True}, 64),
-        (72, lengths | {"is_causal": True}, 128), (96, lengths | {"is_causal": True}, 64), (40, {"mask": bools}, 64),
-        (104, {"mask": bools}, 128), (96, lengths, 128),
+        (40, window, 64), (72, window, 128), (104, window, 64), (80, window, 64), (40, causal, 64), (72, causal, 128),
+        (96, causal, 64), (96, lengths, 128), (40, {"mask": bools}, 64), (104, {"mask": bools}, 128),
     ):  # fmt: skip
         assert rows_of(32, 512, head_dim, **asked) == tile, (head_dim, asked)
 
