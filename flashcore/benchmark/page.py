@@ -32,6 +32,7 @@ SUITE_TITLES = {
     "odd": "Odd lengths",
     "b1": "One sequence",
     "dims": "Other head dimensions",
+    "odd-dims": "Head dimensions that are odd multiples of 8",
     "causal": "Causal",
     "gqa": "Shared key heads, causal, D=128, bf16",
     "window": "Windows",

@@ -200,6 +200,8 @@ SUITES: dict[str, list[Shape]] = {
     "causal": _grid((8, 32), (128, 512, 1024, 2048), is_causal=True),
     "b1": _grid((1,), (128, 512, 1024)),
     "dims": _grid((32,), (128, 256, 512, 1024), head_dims=(32, 96, 128)),
+    # ESM-2's and AlphaFold 3's, Stable Diffusion's, SigLIP's and DiT's, ViT-g's, ViT-bigG's
+    "odd-dims": [Shape(32, 16, s, d) for d in (24, 40, 72, 88, 104) for s in (257, 512, 1024)],
     # 16k tokens in all, and 2048 columns of heads, as flash-attention's own tables
     "long": [
         Shape(16384 // s, 2048 // d, s, d, is_causal) for d in (64, 128) for is_causal in (False, True) for s in _LONG

@@ -110,6 +110,7 @@ def test_warm_alone_without_ceilings_and_a_shape_that_nobody_serves() -> None:
         ("nine", ["B8", "B16", "B32"] * 3, ["S128", "S256", "S512"]),
         ("b1", ["S128", "S512", "S1024"], ["B1"]),
         ("dims", ["S128", "S256", "S512", "S1024"] * 3, ["B32 D32", "B32 D96", "B32 D128"]),
+        ("odd-dims", ["S257", "S512", "S1024"] * 5, [f"B32 H16 D{d}" for d in (24, 40, 72, 88, 104)]),
         ("causal", ["B8", "B32"] * 4, [f"S{s} causal" for s in (128, 512, 1024, 2048)]),
         ("bias", ["S128", "S256", "S512"] * 4,
          [f"B32{d} bias{n}" for d in (" D32", "") for n in (1, 32)]),
