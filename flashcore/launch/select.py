@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from itertools import chain, product
+from itertools import product
 
 import torch
 
@@ -187,12 +187,13 @@ def _half_sectors(p: Problem) -> bool:
     return any(dim > 16 and dim % 16 for dim in (p.head_dim, p.head_dim_v))
 
 
-def _doubled(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[_Tile, ...]:
-    """`tiles` and, where rows end in half a sector, those of twice as many query rows on twice as many warps, which ask
-    for each row of K and V half as often.
+@cache
+def _doubled(tiles: tuple[_Tile, ...]) -> tuple[_Tile, ...]:
+    """`tiles` and those of twice as many query rows on twice as many warps, which ask for each row of K and V half as
+    often: for rows that end in half a sector.
     """
     doubles = ((128, n, 8, 128) for m, n, _, registers in tiles if m == 64 and registers <= 128)
-    return tuple(dict.fromkeys((*tiles, *doubles))) if _half_sectors(p) else tiles
+    return tuple(dict.fromkeys((*tiles, *doubles)))
 
 
 def _mask_alone(p: Problem, mask: Mask, light: tuple[_Tile, ...], width: int, target: Target) -> tuple[Config, ...]:
@@ -225,7 +226,8 @@ def _hopper_options(problem: Problem, target: Target) -> tuple[Config, ...]:
     if width is None:
         return ()
     if p.options in (("seqused_k",), ("cu_seqlens",)):
-        return _hopper_lengths(p, _doubled(p, _HOPPER_LENGTHS[width]))
+        lengths = _HOPPER_LENGTHS[width]
+        return _hopper_lengths(p, _doubled(lengths) if _half_sectors(p) else lengths)
     light, some, many = _HOPPER_OPTIONS[width]
     wide_mask = p.mask is not None and p.mask.dtype == torch.float32
     burden = len(p.options) + p.is_causal + 2 * wide_mask
@@ -233,11 +235,11 @@ def _hopper_options(problem: Problem, target: Target) -> tuple[Config, ...]:
         first = _HOPPER_BOUNDS[width][len(p.options) - 1]
         others = light if p.options == ("softcap",) and burden == 1 and not p.return_lse else ()
         tiles: tuple[_Tile, ...] = (first, *(tile for tile in others if tile != first))
-        tiles = tiles if p.softcap or dim > 96 else _doubled(p, tiles)
+        tiles = _doubled(tiles) if _half_sectors(p) and not p.softcap and dim <= 96 else tiles
     elif burden > 2:
         tiles = many
     elif burden == 2 or p.return_lse:
-        tiles = _doubled(p, some)
+        tiles = _doubled(some) if _half_sectors(p) else some
     elif p.mask is not None:
         return _mask_alone(p, p.mask, light, width, target)
     else:
@@ -281,10 +283,10 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
     if problem.options:
         return _hopper_options(problem, target)
     dim = max(problem.head_dim, problem.head_dim_v)
-    lists = [_doubled(problem, tiles) for tiles in next((_HOPPER[w] for w in _HOPPER if dim <= w), ((),) * 4)]
-    plain, tailed, diagonal, masked = lists
+    lists = next((_HOPPER[padded] for padded in _HOPPER if dim <= padded), ((),) * 4)
+    plain, tailed, diagonal, masked = map(_doubled, lists) if _half_sectors(problem) else lists
     configs = []
-    for tile, schedule in product(dict.fromkeys(chain(*lists)), ("", "persistent")):
+    for tile, schedule in product(dict.fromkeys((*plain, *tailed, *diagonal, *masked)), ("", "persistent")):
         m, n, warps, registers = tile
         single = problem.seqlen_k <= n  # one pass needs fewer registers, and its block has nothing to stay for
         if single:
