@@ -2,10 +2,10 @@
 
 The allow-list below holds every configuration that FlashCore ever runs. Each was compiled for its architecture with
 no register spilled for plain problems, but for 8 and 16 bytes of two Hopper tiles between head dimensions 64 and 96,
-causal under Triton 3.6, and causal with lse under 3.9, 8 of one at 104 and 120 under 3.9, and up to 24 of three
-warpgroups above 96, causal under 3.6 and 3.7, stored once and loaded between loops; in the portable kernel rows that
-are not 16-byte aligned spill some, and on sm_80 and sm_89 packed sequences with a soft cap and lse. A tuning table and
-the caller's block sizes only point into the list.
+causal under Triton 3.6, and causal with lse under 3.9, 8 of one at 104 and 120 under 3.9, 8 of one pass that hides
+keys at 64 under 3.6 and 3.7, and up to 24 of three warpgroups above 96, causal under 3.6 and 3.7, stored once and
+loaded between loops; in the portable kernel rows that are not 16-byte aligned spill some, and on sm_80 and sm_89 packed
+sequences with a soft cap and lse. A tuning table and the caller's block sizes only point into the list.
 """
 
 from __future__ import annotations
@@ -305,10 +305,11 @@ def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
             continue  # nothing but one pass without a mask fits
         if schedule and (single or not _counts(problem, m) or pack_gqa(problem, m) > 1):
             continue
+        tail = tail_tile(problem, n)
         tight = registers == 128 and (dim > 96 or (dim > 32 and n == 128))
         tight = tight or (problem.return_lse and not problem.is_causal and (registers < 128 or 64 < dim <= 96))
-        if schedule and tight and tail_tile(problem, n):
-            continue  # a second copy of the loop and the next item together spill
+        if (schedule and tight and tail) or (registers == 80 and not problem.is_causal and tail == n):
+            continue  # a second copy of the loop and the next item together spill, in 80 registers a whole tile's alone
         configs.append(Config("hopper", m, n, warps, 1, schedule, registers))
     return (*configs, *_specialized(problem, target))
 

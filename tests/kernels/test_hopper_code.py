@@ -187,6 +187,7 @@ def test_resources(asked: Problem, config: Config) -> None:
         pytest.param(problem(), id="plain"),
         pytest.param(problem(return_lse=True), id="lse"),
         pytest.param(problem(128), id="single"),
+        pytest.param(problem(100), id="single-uneven"),
         pytest.param(problem(64, batch=2, is_causal=True, return_lse=True), id="single-causal-lse"),
         pytest.param(problem(197, is_causal=True, return_lse=True), id="causal-uneven-lse"),
         pytest.param(problem(500, return_lse=True), id="uneven-lse"),
@@ -216,6 +217,7 @@ def test_nothing_that_may_be_chosen_spills(asked: Problem) -> None:
     found = {config: resources(code(asked, config).cubin) for config in configs(asked)}
     assert found
     most = 16 if NEWEST and asked.head_dim == 96 and asked.return_lse else 0  # of a causal block that stays
+    most = 8 if asked == problem(100) and not NEWEST else most  # PV in four slices
     assert not {config: stack for config, (_, stack) in found.items() if stack > most}, "bytes of stack a thread"
 
 
