@@ -357,6 +357,8 @@ def select(
         tiles = ", ".join(f"{m}x{n}" for m, n in sorted({(c.block_m, c.block_n) for c in allowed}))
         asked = " x ".join("any" if size is None else str(size) for size in (block_m, block_n))
         raise ValueError(f"block_m, block_n: expected one of {tiles} for this problem on {target.name}, got {asked}")
+    if -(-problem.seqlen_q // 64) * problem.batch * problem.heads_q <= target.sms:  # more rows a block leave SMs idle
+        chosen = [c for c in chosen if c.block_m <= 64] or chosen
     known = {} if problem.options else _rows(target)  # the table knows plain and causal problems
     rows = sorted(placed for config in chosen for placed in known.get((config, problem.is_causal), ()))
     if chosen[0].kernel == "hopper" and (heads := pack_gqa(problem, 64)) > 1:  # as one head of all their rows
@@ -434,7 +436,7 @@ def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
     nothing beside many keys: then the next tile had better go to whichever SM is done first. For twice as many, blocks
     of warpgroups that share K and V, where they serve and fill the GPU.
 
-    Else 128 rows where TMA's requests for rows of K and V bind (`_many_requests`) and some SM has two blocks of 64.
+    Else 128 rows where TMA's requests for rows of K and V bind (`_many_requests`).
 
     Of the portable kernel the tile nearest to what the shape asks for; the first in the list among equals.
     Rows: 64, the most that 4 warps hold without sharing rows, so that several blocks share an SM and hide each
@@ -453,7 +455,7 @@ def _by_rule(p: Problem, target: Target, configs: Sequence[Config]) -> Config:
         stays = "persistent" if least < blocks(64) / (4 * target.sms) <= 4 and 128 < p.seqlen_k < _MANY_KEYS else ""
         shared = p.seqlen_k >= 2 * _MANY_KEYS and blocks(128) >= target.sms
         ours = [c for c in ours if (c.schedule == "specialized") == shared] or ours
-        wide = _many_requests(p) and blocks(64) > target.sms
+        wide = _many_requests(p)
         ours = [c for c in ours if (c.block_m == 128) == wide] or ours
         return next((c for c in ours if c.schedule == stays), ours[0])
     rows = 64

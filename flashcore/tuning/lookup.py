@@ -44,7 +44,7 @@ UNEVEN = 4.0
 HALF = 2.0
 # Rows that end in half a sector of the L2, or lie across its lines, cost TMA more requests, which tiles of more rows
 # make up for.
-REQUESTS = 8.0
+REQUESTS = 4.0
 
 
 @dataclass(frozen=True, slots=True)

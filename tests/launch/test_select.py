@@ -131,6 +131,10 @@ def test_rows_that_end_in_half_a_sector_get_tiles_of_128_rows(rows: list[lookup.
             assert rows_of(32, 512, head_dim, **asked) == (128 if half else 64), (head_dim, asked)
     assert rows_of(1, 512, 40) == 64, "too few blocks"
     assert rows_of(32, 512, 64, head_dim_v=40) == 128
+    rows.append(row(problem(8, 512, 40), Config("hopper", 128, 128, 8, 1, "", 128), 13.3, H200.name, "0123abc"))
+    room._rows.cache_clear()
+    assert [select(problem(batch, 512, 40), H200).block_n for batch in (8, 6)] == [128, 128]
+    assert rows_of(2, 512, 40) == 64, "as many blocks of 64 rows as SMs, whatever the row of more heads says"
     window, causal = {"window": (64, 64)}, lengths | {"is_causal": True}
     for head_dim, asked, tile in (
         (40, window, 64), (72, window, 128), (104, window, 64), (80, window, 64), (40, causal, 64), (72, causal, 128),

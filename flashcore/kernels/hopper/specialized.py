@@ -1,9 +1,9 @@
 """Attention forward on sm_90 for long sequences at large head dimensions: warpgroups that share K and V.
 
 At D=128 the tile of one warpgroup takes the tensor cores 1,024 cycles and its softmax about as long, so that few
-warpgroups fill an SM; what small blocks lose there is what each of them reads for itself, and at D=72 to 96, whose rows
-lie across the L2's lines, how often they ask. Here one warp loads Q, K and V through TMA, and every other warpgroup
-computes 64 rows against the same tiles of K and V:
+warpgroups fill an SM; what small blocks lose there is what each of them reads for itself, and where rows lie across the
+L2's lines (D=72 to 96) or end in half a sector (odd multiples of 8) how often they ask. Here one warp loads Q, K and V
+through TMA, and every other warpgroup computes 64 rows against the same tiles of K and V:
 
 * three, each QK, softmax, PV in turn: of three some other one always has products under way;
 * two, where three would have too few items: each issues the next tile's QK and this tile's PV together, under whose
