@@ -181,10 +181,8 @@ _HOPPER_LENGTHS: dict[int, tuple[_Tile, ...]] = {
 
 
 def _half_sectors(p: Problem) -> bool:
-    """Whether a tile's rows of K or V end in half a sector of the L2, 16 of its 32 bytes: TMA was seen to take up to
-    twice as long for these, wherever they begin.
-    """
-    return any(dim > 16 and dim % 16 for dim in (p.head_dim, p.head_dim_v))
+    """Whether rows of K or V end in half a sector of the L2."""
+    return any(map(lookup.ends_in_half_a_sector, (p.head_dim, p.head_dim_v)))
 
 
 @cache
@@ -258,6 +256,7 @@ def _hopper_lengths(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[Config, ...]:
     if p.packed or p.is_causal or p.return_lse or not _counts(p, 64):
         return flat
     spilling = 128 if most > 96 else 96 if most > 32 and p.seqlen_k <= 256 else 0  # registers that are too few
+    # Blocks of 128 rows that stay are slower up to D = 32.
     stay = (c for c in flat if p.seqlen_k > c.block_n and c.maxnreg != spilling and (most > 32 or c.block_m == 64))
     return (*(replace(c, schedule="persistent") for c in stay), *flat)
 

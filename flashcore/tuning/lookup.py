@@ -121,9 +121,17 @@ def _unlike(keys: int, others: int) -> float:
     return HALF if (keys % 128 == 0) != (others % 128 == 0) else 1.0
 
 
+def ends_in_half_a_sector(dim: int) -> bool:
+    """Whether a row of so many columns of two bytes ends in half of an L2's sector of 32 bytes, for which TMA asks
+    apart: tiles of 64 query rows were seen to take up to 1.7 times as long, wherever rows begin. Not 8 columns, which
+    are nothing but half a sector.
+    """
+    return dim > 16 and dim % 16 != 0
+
+
 def _requests(dim: int) -> str:
-    """Why TMA asks more often than once a line for a row of so many columns of two bytes."""
-    if dim > 16 and dim % 16:
+    """Why TMA asks more often than once a line for a row of so many columns."""
+    if ends_in_half_a_sector(dim):
         return "half a sector"
     return "across lines" if dim > 64 and dim & (dim - 1) else ""
 

@@ -143,6 +143,11 @@ def test_rows_that_end_in_half_a_sector_get_tiles_of_128_rows(rows: list[lookup.
         assert rows_of(32, 512, head_dim, **asked) == tile, (head_dim, asked)
 
 
+def test_more_rows_than_64_won_nowhere_where_blocks_of_64_are_no_more_than_sms() -> None:
+    few = [row for row in lookup.table(90) if -(-row.seqlen_q // 64) * row.heads <= H200.sms]
+    assert few and not [row for row in few if row.block_m > 64]
+
+
 def test_a_measured_row_decides(rows: list[lookup.Row]) -> None:
     asked = problem()
     winner = Config("portable", 64, 128, 4, 3)
