@@ -74,10 +74,10 @@ CONTROLS: dict[str, dict[str, Mutant]] = {
         "mask": Mutant(
             "skipped mask, hopper",
             _HOPPER,
-            "                    s = _apply_mask(s, mask, qk_scale if cap is None else 1.0, not HIDE_PAIRS)",
+            "                    s = apply_mask(s, mask, qk_scale if cap is None else 1.0, not HIDE_PAIRS)",
             """                    if gl.max(gl.max(mask.to(gl.float32), 1), 0) > 0:
                         s = gl.exp2(s)
-                    s = _apply_mask(s, mask, qk_scale if cap is None else 1.0, not HIDE_PAIRS)""",
+                    s = apply_mask(s, mask, qk_scale if cap is None else 1.0, not HIDE_PAIRS)""",
         ),
         "length": Mutant(
             "length of data, hopper",

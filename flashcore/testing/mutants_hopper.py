@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from flashcore.testing.mutants import Mutant
 
 KERNEL = "kernels/hopper/attention.py"
+SOFTMAX = "kernels/hopper/softmax.py"
 SPECIALIZED = "kernels/hopper/specialized.py"
 BINDING = "launch/hopper.py"
 
@@ -25,6 +26,10 @@ def _kernel(name: str, old: str, new: str, trial: str = "plain") -> HopperMutant
     return HopperMutant(name, KERNEL, old, new, trial)
 
 
+def _softmax(name: str, old: str, new: str, trial: str = "plain") -> HopperMutant:
+    return HopperMutant(name, SOFTMAX, old, new, trial)
+
+
 def _specialized(name: str, old: str, new: str, trial: str = "shared") -> HopperMutant:
     return HopperMutant(f"specialized: {name}", SPECIALIZED, old, new, trial)
 
@@ -37,14 +42,15 @@ _FIRST = "batch, head // GROUP, first_k, length, longest_k, key, {0}_full, {0}_b
 
 _PLANTED = (
     # -- softmax
-    _kernel("maximum of this tile alone", "new_m = gl.maximum(m, new_m)", "new_m = new_m", "large logits"),
-    _kernel("maximum not scaled", "gl.max(s, 1) * qk_scale", "gl.max(s, 1)"),
-    _kernel("rescale upside down", "else m - base)", "else base - m)"),
-    _kernel("rescale beside a bias in base 2", "gl.exp2((m - base) * LOG2E if", "gl.exp2((m - base) if", "fp32 bias"),
+    _softmax("maximum of this tile alone", "new_m = gl.maximum(m, new_m)", "new_m = new_m", "large logits"),
+    _softmax("maximum not scaled", "top * qk_scale", "top"),
+    _softmax("the least of a thread's maxima", "gl.max(few, 1)", "gl.min(few, 1)", "large logits"),
+    _softmax("rescale upside down", "else m - base)", "else base - m)"),
+    _softmax("rescale beside a bias in base 2", "gl.exp2((m - base) * LOG2E if", "gl.exp2((m - base) if", "fp32 bias"),
     _kernel("scores beside a bias in base 2", "if cap is None and not BIAS else LOG2E", "if cap is None else LOG2E",
             "bias"),
     _kernel("sum of weights beside a bias not rescaled", "weight = times(weight, alpha)", "weight = weight", "bias"),
-    _kernel("NaN where a bias hides", "p = _hide_pairs(p, mask_parts[nth])", "p = p", "hidden NaN"),
+    _kernel("NaN where a bias hides", "p = hide_pairs(p, mask_parts[nth])", "p = p", "hidden NaN"),
     _kernel("sum not rescaled", "times(l, alpha) + sums", "l + sums"),
     _kernel("sum of the last slices left out", "l += sums", "l += 0.0 * sums"),
     _kernel("scores of the first slice twice", "weights(s_parts[nth]", "weights(s_parts[0]"),
@@ -57,7 +63,7 @@ _PLANTED = (
     _kernel("accumulator not rescaled", " acc = times(acc, alpha)", " acc = acc"),
     _kernel("accumulator of the second part not rescaled", "more_acc = times(more_acc, alpha)", "more_acc = more_acc",
             "columns"),
-    _kernel("base e for base 2", "p = gl.exp2((s", "p = gl.exp((s"),
+    _softmax("base e for base 2", "p = gl.exp2((s", "p = gl.exp((s"),
     # -- precision
     _kernel("weights with 8 bits", "p = p.to(dtype)",
             "p = ((p * 256.0 + 0.5).to(gl.int32).to(gl.float32) / 256.0).to(dtype)"),
@@ -77,8 +83,8 @@ _PLANTED = (
             "(batch.to(gl.int64) * 0 + head)"),
     _kernel("lse of the last row unwritten", "mask=rows < seqlen_q)", "mask=rows < seqlen_q - 1)"),
     # -- masks and tiles
-    _kernel("one key beyond the end", "end = seqlen_k - key ", "end = seqlen_k - key + 1 "),
-    _kernel("last key hidden", "end = seqlen_k - key ", "end = seqlen_k - key - 1 "),
+    _softmax("one key beyond the end", "end = seqlen_k - key ", "end = seqlen_k - key + 1 "),
+    _softmax("last key hidden", "end = seqlen_k - key ", "end = seqlen_k - key - 1 "),
     _binding("keys beyond the end", '"EVEN_N": p.seqlen_k % config.block_n == 0 and not p.ragged', '"EVEN_N": True'),
     _kernel("keys beyond the end of a narrow tile", "if (SINGLE and MASKED) or part:", "if SINGLE and MASKED:",
             "narrow tile"),
@@ -86,9 +92,9 @@ _PLANTED = (
              '"TAIL": tail_tile(p, config.block_n) // 2',
              "narrow tile, persistent"),
     _kernel("columns of the second part left out", "    if MORE_D:\n", "    if MORE_D > 999:\n", "columns"),
-    _kernel("diagonal hidden", "end = row + shift + 1 - key", "end = row + shift - key",
-            "causal"),
-    _kernel("one key beyond the diagonal", "end = row + shift + 1 - key", "end = row + shift + 2 - key", "causal"),
+    _softmax("diagonal hidden", "end = row + shift + 1 - key", "end = row + shift - key",
+             "causal"),
+    _softmax("one key beyond the diagonal", "end = row + shift + 1 - key", "end = row + shift + 2 - key", "causal"),
     _kernel("diagonal from the top left", "    shift = seqlen_k - seqlen_q\n    begin = 0",
             "    shift = 0\n    begin = 0", "causal"),
     _kernel("diagonal tile skipped", "row + shift + ROWS) if CAUSAL", "row + shift) if CAUSAL", "causal"),
@@ -99,19 +105,19 @@ _PLANTED = (
     _kernel("a narrow tile's keys twice", "key + TAIL if part", "key if part", "causal"),
     _kernel("diagonal tile without its mask", "visible = gl.minimum(visible, row + shift + 1)",
             "visible = gl.minimum(visible, row + shift + BLOCK_M)", "causal"),
-    _kernel("blind rows keep what they multiplied", "out = gl.where(empty[:, None], 0.0, out)", "out = out", "blind"),
+    _softmax("blind rows keep what they multiplied", "out = gl.where(empty[:, None], 0.0, out)", "out = out", "blind"),
     _binding("no row counts as blind", '"EMPTY_ROWS": _empty_rows(p)', '"EMPTY_ROWS": False', "blind"),
-    _kernel("hidden scores finite", 'gl.where(eight >= end - column, -float("inf"), eights)',
-            "gl.where(eight >= end - column, -1e9, eights)", "blind"),
-    _kernel("window one key too wide", "eight < diagonal - left - column", "eight < diagonal - left - 1 - column",
-            "window"),
-    _kernel("window one key too narrow", "end = gl.minimum(end, diagonal + right + 1)",
-            "end = gl.minimum(end, diagonal + right)", "window"),
+    _softmax("hidden scores finite", 'gl.where(eight >= end - column, -float("inf"), eights)',
+             "gl.where(eight >= end - column, -1e9, eights)", "blind"),
+    _softmax("window one key too wide", "eight < diagonal - left - column", "eight < diagonal - left - 1 - column",
+             "window"),
+    _softmax("window one key too narrow", "end = gl.minimum(end, diagonal + right + 1)",
+             "end = gl.minimum(end, diagonal + right)", "window"),
     _kernel("window's first tile without its mask", "hidden = row + BLOCK_M - 1 + shift - left",
             "hidden = row + shift - left - BLOCK_N", "window"),
     _kernel("half of the cap", "s = cap - 2.0 * cap /", "s = cap - cap /", "soft cap"),
-    _kernel("scores beside a bias not scaled", "s * scale + bias", "s + bias", "bias"),
-    _kernel("mask turned round", "gl.where(mask == 0,", "gl.where(mask != 0,", "mask"),
+    _softmax("scores beside a bias not scaled", "s * scale + bias", "s + bias", "bias"),
+    _softmax("mask turned round", "gl.where(mask == 0,", "gl.where(mask != 0,", "mask"),
     _binding("mask of the first head", "int(p.mask is not None and p.mask.strides[1] != 0)", "0", "mask"),
     _kernel("lengths ignored", "seqlen_k = _used(seqused_k, batch, longest_k)", "seqlen_k = longest_k", "lengths"),
     _kernel("a sequence's last narrow tile skipped", "if CAUSAL else seqlen_k\n", "if CAUSAL else seqlen_k - TAIL\n",
@@ -148,8 +154,8 @@ _PLANTED = (
     _kernel("heads of the first group of them alone", "gl.program_id(2) * gl.num_programs(0) + gl.program_id(0)",
             "gl.program_id(0)", "causal"),
     # -- query heads of a key head in one block
-    _kernel("diagonal by rows where they are of several heads", "- key + place // PACK_GQA", "- key + place",
-            "causal, heads in one block"),
+    _softmax("diagonal by rows where they are of several heads", "- key + place // PACK_GQA", "- key + place",
+             "causal, heads in one block"),
     _kernel("lse of the heads of a block mixed up", "+ place % PACK_GQA)", "+ (place + 1) % PACK_GQA)",
             "heads in one block"),
     _kernel("lse of other positions of a block", "rows = row + place // PACK_GQA", "rows = row + place % ROWS",

@@ -22,8 +22,8 @@ from flashcore.launch import compiled, hopper, packet
 from flashcore.launch.arguments import Options, packed_problem_of, problem_of
 from flashcore.launch.binding import Binding
 from flashcore.testing import Guarded, Shape, check, lay_out, make
-from flashcore.testing.mutants import plant
-from flashcore.testing.mutants_hopper import KERNEL, MUTANTS, SPECIALIZED, HopperMutant
+from flashcore.testing.mutants import Mutant, plant
+from flashcore.testing.mutants_hopper import KERNEL, MUTANTS, SOFTMAX, SPECIALIZED, HopperMutant
 
 FLAT = Config("hopper", 64, 64, 4, 1, "", 168)
 STAYS = replace(FLAT, schedule="persistent")
@@ -152,7 +152,10 @@ def bound(mutant: HopperMutant | None, trial: Prepared, target: targets.Target) 
     if mutant is None:
         return hopper.bind(*arguments)
     module = plant(mutant)
-    if mutant.file == KERNEL:
+    if mutant.file == SOFTMAX:  # and a copy of the kernel that takes it from there
+        user = f"{mutant.name}, used"
+        module = plant(Mutant(user, KERNEL, "from .softmax import", f"from {module.__name__} import"))
+    if mutant.file in (KERNEL, SOFTMAX):
         return replace(hopper.bind(*arguments), fn=module.attention_forward)
     if mutant.file == SPECIALIZED:
         return replace(hopper.bind(*arguments), fn=module.attention_forward_specialized)

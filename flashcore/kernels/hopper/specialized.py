@@ -24,8 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention import LN2, divide, factor, hide, maximum, mean, parts, product, qk, times, weights
+from .attention import divide, product, qk
 from .compat import aggregate, tma_load, tma_store
+from .softmax import LN2, factor, hide, maximum, mean, parts, times, weights
 
 
 @aggregate
@@ -248,7 +249,7 @@ def _softmax(s, m, l, qk_scale, FIRST: gl.constexpr):
     be multiplied by (nothing to multiply when FIRST).
     """
     L: gl.constexpr = l.type.layout
-    new_m, base = maximum(s, m, qk_scale, FIRST, False, False)
+    new_m, base = maximum(s, m, qk_scale, FIRST, False, False, True)
     p, sums = weights(s, base, qk_scale, L, False)
     alpha = factor(m, base, False)
     l = sums if FIRST else times(l, alpha) + sums  # noqa: E741
@@ -268,7 +269,7 @@ def _in_turn(
         s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads),))
         keys.free(loads)
         s = _visible(s, tile, row, work, EVEN_N, NEGATE)
-        new_m, base = maximum(s, m, qk_scale, False, False, False)
+        new_m, base = maximum(s, m, qk_scale, False, False, False, False)
         s_parts = parts(s, 4)
         operands = ()  # of products under way
         for nth in gl.static_range(4):
@@ -310,12 +311,11 @@ def _overlapped(
         keys.free(loads + 1)
         s = _visible(s, tile, row, work, EVEN_N, NEGATE)
         next_p, m, l, alpha = _softmax(s, m, l, qk_scale, False)
-        next_p = next_p.to(dtype)
         # Here, not where the next tile is used: without a branch in front of it ptxas moves the wait for the products
         # up, ahead of the softmax that runs under them.
         keys.wait(loads + 2, tile + 1 < tiles)
         acc = _arrived(sums, read + (next_p,), values)
-        p = next_p
+        p = next_p.to(dtype)  # not before: PV still reads p's registers, and a copy into them costs more than waiting
         values.free(loads)
         acc = _rescaled(acc, alpha, values)
         loads += 1
