@@ -421,10 +421,11 @@ _MANY_KEYS = 1024  # from which on blocks that stay for several items were seen 
 def _many_requests(p: Problem) -> bool:
     """Whether TMA's requests for rows of K and V bind in tiles of 64 query rows: where these end in half a sector, or
     lie across the L2's lines, at head dimensions between 64 and 96. Half a sector alone makes up for what 128 rows cost
-    where each sees few keys, from 72 columns on, or where they fill the ends of packed sequences worse.
+    where each sees few keys, from 72 columns on, or where they fill the ends of packed sequences worse, but at 56.
     """
     dim = max(p.head_dim, p.head_dim_v)
-    if p.window != (-1, -1) or (p.options and p.is_causal) or (p.mask is not None and p.mask.dtype == torch.bool):
+    few_keys = p.window != (-1, -1) or (p.options and p.is_causal)
+    if few_keys or (p.mask is not None and p.mask.dtype == torch.bool) or (p.packed and dim > 48):
         return _half_sectors(p) and dim > 64
     return _half_sectors(p) or (64 < dim <= 96 and not p.packed)
 
