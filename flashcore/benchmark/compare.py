@@ -31,7 +31,7 @@ from flashcore.measure.statistics import Interval, geometric_mean, median_interv
 Record = dict[str, Any]
 
 KINDS = ("validation", "peers", "host")
-CLOCKS = {"call": "call", "gpu_warm": "gpu warm", "gpu_cold": "gpu cold", "host": "host"}
+CLOCKS = {"call": "call", "gpu_warm": "gpu warm", "gpu_cold": "gpu cold", "gpu_alone": "gpu alone", "host": "host"}
 MACHINE = ("gpu", "driver", "cpu")
 SOFTWARE = ("cuda", "cudnn", "torch", "triton", "python")
 OTHER_METHOD = ("contestants",)  # of the protocol: what was compared, not how

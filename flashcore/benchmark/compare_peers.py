@@ -236,8 +236,8 @@ def _case(
         failed: dict[str, str] = {}
         if clock.startswith("gpu"):
             timed, failed = contest.gpu_clock(
-                admitted, shape, cold=clock == "gpu_cold", l2_bytes=l2_bytes, replays=options.replays,
-                watch=lambda name: write.at(shape.label, name),
+                admitted, shape, cold=clock == "gpu_cold", alone=clock == "gpu_alone", l2_bytes=l2_bytes,
+                replays=options.replays, watch=lambda name: write.at(shape.label, name),
             )  # fmt: skip
         elif before.blamed(shape.label, clock):
             continue
@@ -288,8 +288,9 @@ def _features(options: argparse.Namespace, batch: int) -> dict[str, Any]:
 def _clocks(options: argparse.Namespace) -> list[str]:
     """The keys of peers_text.CLOCKS that are asked for."""
     asked = {"gpu", "call", "host"} if options.clock == "all" else {options.clock}
-    wanted = {"gpu_warm": "gpu" in asked, "gpu_cold": "gpu" in asked and options.cold, "call": "call" in asked,
-              "host": "host" in asked}  # fmt: skip
+    gpu = "gpu" in asked
+    wanted = {"gpu_warm": gpu, "gpu_cold": gpu and options.cold, "gpu_alone": gpu and options.alone,
+              "call": "call" in asked, "host": "host" in asked}  # fmt: skip
     return [clock for clock in peers_text.CLOCKS if wanted[clock]]
 
 
@@ -335,6 +336,10 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         help="gpu: device time; call: one eager call with its launch; host: CPU time of a call (gpu)",
     )  # fmt: skip
     parser.add_argument("--cold", action="store_true", help="device time also with inputs that left the L2")
+    parser.add_argument(
+        "--alone", action="store_true", help="device time also of each contestant by itself, at the clock that its own "
+        "power leaves: two seconds each"
+    )  # fmt: skip
     parser.add_argument("--replays", type=int, default=30, metavar="N", help="timed replays of each graph (30)")
     parser.add_argument("--trials", type=int, default=1000, metavar="N", help="trials of the call clock (1000)")
     parser.add_argument(

@@ -109,11 +109,13 @@ def gpu_clock(
     shape: Shape,
     *,
     cold: bool,
+    alone: bool = False,
     l2_bytes: int,
     replays: int = REPLAYS,
     watch: Callable[[str], object] = lambda name: None,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Time admitted peers against each other. Returns (name -> timing, name -> why it could not be timed).
+    """Time admitted peers in turns or, `alone`, each by itself. Returns (name -> timing, name -> why it could not be
+    timed).
 
     A peer that fails meanwhile is left out and the others are timed again. One that loses the CUDA context raises.
     """
@@ -136,7 +138,10 @@ def gpu_clock(
                     contestants[name] = _contestant([peer.prepare(shape, *each) for each in inputs])
             if not contestants:
                 break
-            times, counts = clocks.gpu_times(contestants, replays=replays, watch=heard)
+            if alone:
+                times, counts = clocks.alone_times(contestants, watch=heard)
+            else:
+                times, counts = clocks.gpu_times(contestants, replays=replays, watch=heard)
         except Exception as error:
             _require_context()
             failed[at] = kind_of(error)

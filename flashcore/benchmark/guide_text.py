@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -74,31 +75,33 @@ def _seconds(value: float | None) -> str:
 
 def behind(folder: Path) -> Iterator[str]:
     """Every shape measured against the peers where FlashCore is not ahead beyond the noise, GPU by GPU."""
-    newest: dict[tuple[str, str], tuple[str, Record, Record]] = {}
+    newest: dict[tuple[str, str, str], tuple[str, Record, Record]] = {}
     for path in sorted(folder.glob("*.json")):
         record = results.read(path)
         if record["kind"] == "peers" and (gpu := record["environment"]["gpu"]):
-            for case in record["cases"]:
-                place, recorded = (gpu, Shape(**case["shape"]).label), record["environment"]["recorded"]
-                if peers_text.ratio(case) and (place not in newest or newest[place][0] <= recorded):
+            for case, clock in product(record["cases"], ("gpu_warm", "gpu_alone")):
+                place, recorded = (gpu, Shape(**case["shape"]).label, clock), record["environment"]["recorded"]
+                if peers_text.ratio(case, clock) and (place not in newest or newest[place][0] <= recorded):
                     newest[place] = recorded, case, {**record, "file": path.name}
     if not newest:
         return
     rows, files = [], set()
-    for (gpu, label), (recorded, case, record) in sorted(newest.items(), key=lambda entry: entry[0][0]):
-        found, best = peers_text.ratio(case), peers_text.best_peer(case)
+    for (gpu, label, clock), (recorded, case, record) in sorted(newest.items(), key=lambda entry: entry[0][0]):
+        found, best = peers_text.ratio(case, clock), peers_text.best_peer(case, clock)
         if found is not None and best is not None and (found.value if found.low is None else found.low) <= 1:
-            figures = [us(peers_text.figure(case, name)) for name in ("flashcore", best)]
-            rows.append((gpu, label, *figures, best, times(found.value), recorded[:10]))
+            figures = [us(peers_text.figure(case, name, clock)) for name in ("flashcore", best)]
+            name = peers_text.CLOCKS[clock]
+            rows.append((gpu, label, name, *figures, best, times(found.value), recorded[:10]))
             files.add(link(record))
-    measured = f"{len(newest)} shapes measured beside the peers, GPU by GPU,"
+    measured = f"{len({place[:2] for place in newest})} shapes measured beside the peers, GPU by GPU,"
     if not rows:
         yield f"Of the {measured} none has a peer that is faster, or level within the noise."
         yield ""
         return
     yield (
-        f"{len(rows)} of the {measured} warm in the L2; µs per call on the gpu clock, and the best peer's time "
-        f"divided by FlashCore's. {', '.join(sorted(files))}."
+        f"{len({row[:2] for row in rows})} of the {measured} warm in the L2; µs per call, in turns with the peers (gpu "
+        "warm) or each alone at the clock that its own power leaves (gpu alone), and the best peer's time divided by "
+        f"FlashCore's. {', '.join(sorted(files))}."
     )
     yield ""
-    yield from table(("GPU", "Shape", "FlashCore", "Best peer", "which is", "Ratio", "Measured"), rows)
+    yield from table(("GPU", "Shape", "Clock", "FlashCore", "Best peer", "which is", "Ratio", "Measured"), rows)

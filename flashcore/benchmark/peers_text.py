@@ -17,7 +17,9 @@ Record = dict[str, Any]
 
 PLACES = 4  # shapes that a line names, before it counts the rest
 ODD_BAR = 1.15  # a score at an odd length takes at most so many times as long as at the next multiple of 64
-CLOCKS = {"gpu_warm": "gpu warm", "gpu_cold": "gpu cold", "call": "call", "host": "host"}  # as protocols name them
+CLOCKS = {  # as protocols name them
+    "gpu_warm": "gpu warm", "gpu_cold": "gpu cold", "gpu_alone": "gpu alone", "call": "call", "host": "host",
+}  # fmt: skip
 
 
 def clocks(protocol: Record) -> list[str]:

@@ -250,12 +250,16 @@ def _suite(title: str, record: Record) -> Iterator[str]:
         )
         yield ""
     names = [n for n in record["protocol"]["contestants"] if any(peers_text.figure(c, n) for c in record["cases"])]
-    for clock, warmth in (("gpu_warm", "warm"), ("gpu_cold", "cold")):
+    conditions = {
+        "gpu_warm": "Inputs warm", "gpu_cold": "Inputs cold",
+        "gpu_alone": "Inputs warm, each contestant alone for seconds, at the clock that its own power leaves the GPU",
+    }  # fmt: skip
+    for clock, condition in conditions.items():
         values = peers_text.ratios(record, clock)
         if not values:
             continue
         yield (
-            f"Inputs {warmth}: geometric mean {geometric_mean(values):.2f}x, from {min(values):.2f}x to "
+            f"{condition}: geometric mean {geometric_mean(values):.2f}x, from {min(values):.2f}x to "
             f"{max(values):.2f}x."
         )
         yield ""
@@ -365,7 +369,8 @@ def suites(folder: Path) -> Iterator[str]:
     if rows := cross_gpu_text.beside_peers(gpus, found, cell):
         yield (
             "The best peer's time divided by FlashCore's: geometric mean over a suite, least and most. Device time, "
-            "gpu warm with inputs in the L2, gpu cold out of memory."
+            "gpu warm with inputs in the L2, gpu cold out of memory, in turns; gpu alone: warm, each by itself for "
+            "seconds, at the clock that its own power leaves."
         )
         yield ""
         yield from _table(("Suite", "Clock", *gpus), rows)

@@ -2,11 +2,12 @@
 
 call      CUDA events around one eager call, synchronised each time: what a caller sees, the launch path included.
 gpu       device time: N calls captured in one CUDA graph, the replay's time divided by N.
+alone     the same of each contestant by itself for a while, at the clock that its own power leaves the GPU.
 host      CPU time of a call, back to back without synchronisation.
 
-All of them take every contestant at once and interleave them, so that a drift of the clocks, of the temperature or of a
-noisy host hits all alike. All results are in microseconds per call, one value per trial, replay or block, and value i
-of every contestant comes from the same round.
+All but `alone` take every contestant at once and interleave them, so that a drift of the clocks, of the temperature or
+of a noisy host hits all alike. All results are in microseconds per call, one value per trial, replay or block, and
+value i of every contestant comes from the same round.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from flashcore.measure.statistics import median
+
 Call = Callable[[], Any]
 
 WARMUP_US = 200_000  # of GPU time before gpu timings: an idle H100 takes tens of milliseconds to reach its clock
+SETTLE_US, ALONE_US = 300_000, 200_000  # the power limit is enforced within some 100 ms
 COLD_FOOTPRINT = 3  # inputs rotate through more than this many times the L2, so that none survives until its turn
 
 
@@ -167,6 +171,59 @@ def gpu_times(
     and always whole turns. `watch` hears whose turn it is, for whoever wants to know where a GPU hung.
     """
     device = device or Cuda()
+    timed = _replay_timer(device)
+    graphs, counts = _capture(contestants, timed, replay_us, most_calls, device, watch)
+    names = list(contestants)
+    spent, turn = 0.0, 0
+    while spent < warmup_us:
+        for name in rotation(names, turn):
+            watch(name)
+            spent += max(timed(graphs[name]), 1.0)
+        turn += 1
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(replays):
+        for name in rotation(names, turn):
+            watch(name)
+            times[name].append(timed(graphs[name]) / counts[name])
+    return times, counts
+
+
+def alone_times(
+    contestants: Mapping[str, Contestant],
+    *,
+    turns: int = 4,
+    settle_us: float = SETTLE_US,
+    measure_us: float = ALONE_US,
+    replay_us: float = 1000.0,
+    most_calls: int = 400,
+    device: Device | None = None,
+    watch: Callable[[str], object] = lambda name: None,
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """The alone clock: `turns` values per contestant, each the median over `measure_us` behind `settle_us` of GPU time
+    with nothing else in between, and the calls in each one's graph.
+
+    Beside others a contestant runs at the clock that the power of all of them leaves a GPU at its limit, alone at the
+    one that its own does: what wastes energy is slower alone, what saves it faster.
+    """
+    device = device or Cuda()
+    timed = _replay_timer(device)
+    graphs, counts = _capture(contestants, timed, replay_us, most_calls, device, watch)
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(turns):
+        for name in rotation(list(contestants), turn):
+            watch(name)
+            spent, values = 0.0, list[float]()
+            while spent < settle_us + measure_us or not values:
+                us = max(timed(graphs[name]), 1.0)
+                if spent >= settle_us:
+                    values.append(us / counts[name])
+                spent += 2 * us  # one replay is timed, one runs ahead of it
+            times[name].append(median(values))
+    return times, counts
+
+
+def _replay_timer(device: Device) -> Callable[[Call], float]:
+    """Times a replay, in microseconds, behind one that is not timed."""
     start, end = device.event(), device.event()
 
     def timed(replay: Call) -> float:
@@ -177,6 +234,14 @@ def gpu_times(
         end.synchronize()
         return start.elapsed_time(end) * 1e3
 
+    return timed
+
+
+def _capture(
+    contestants: Mapping[str, Contestant], timed: Callable[[Call], float], replay_us: float, most_calls: int,
+    device: Device, watch: Callable[[str], object],
+) -> tuple[dict[str, Call], dict[str, int]]:  # fmt: skip
+    """Each contestant's graph, of whole turns of its calls that take `replay_us`, and how many calls are in it."""
     graphs: dict[str, Call] = {}
     counts: dict[str, int] = {}
     for name, contestant in contestants.items():
@@ -191,19 +256,7 @@ def gpu_times(
             wanted = min(math.ceil(replay_us / one), most_calls) if one > 0 else most_calls
             counts[name] = max(1, math.ceil(wanted / turns)) * turns
             graphs[name] = device.capture([contestant.calls[i % turns] for i in range(counts[name])])
-    names = list(contestants)
-    spent, turn = 0.0, 0
-    while spent < warmup_us:
-        for name in rotation(names, turn):
-            watch(name)
-            spent += max(timed(graphs[name]), 1.0)
-        turn += 1
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(replays):
-        for name in rotation(names, turn):
-            watch(name)
-            times[name].append(timed(graphs[name]) / counts[name])
-    return times, counts
+    return graphs, counts
 
 
 def host_times(

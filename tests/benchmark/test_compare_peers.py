@@ -82,6 +82,7 @@ def test_arguments() -> None:
     assert compare_peers._clocks(options()) == ["gpu_warm"]
     assert compare_peers._clocks(options("--clock", "call", "--cold")) == ["call"]
     assert compare_peers._clocks(options("--clock", "all", "--cold")) == ["gpu_warm", "gpu_cold", "call", "host"]
+    assert compare_peers._clocks(options("--alone")) == ["gpu_warm", "gpu_alone"]
     assert options("--cross-check").cross_check == "flashcore"
     for bad in (["--shape", "1,2,3"], ["--shape", "1,2,0,4"], ["--suite", "ten"], ["--peers", "nobody"]):
         with pytest.raises(SystemExit):
@@ -112,6 +113,7 @@ def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "environment", lambda: records.environment())
     monkeypatch.setattr(ceilings, "ceilings", lambda l2: records.peers()["ceilings"])
     monkeypatch.setattr(clocks, "gpu_times", lambda c, **_: ({n: [3.0, 3.1] for n in c}, dict.fromkeys(c, 9)))
+    monkeypatch.setattr(clocks, "alone_times", lambda c, **_: ({n: [4.0, 4.2] for n in c}, dict.fromkeys(c, 9)))
 
 
 def test_a_worker_on_every_clock(on_a_cpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_a_worker_on_every_clock(on_a_cpu: None, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(clocks, "host_times", lambda c, **_: {n: [20.0, 21.0] for n in c})
     monkeypatch.setattr(second_opinion, "cross_check", lambda contestant: {"tool": "t", "us": 3.0})
     asked = options("--shape", "2,2,24,16", "--peers", "sdpa", "triton-plain", "--clock", "all", "--cold",
-                    "--cross-check", "sdpa", "--lengths", "padded", "--trials", "5")  # fmt: skip
+                    "--alone", "--cross-check", "sdpa", "--lengths", "padded", "--trials", "5")  # fmt: skip
     path = tmp_path / "journal"
     compare_peers.measure(compare_peers._shapes(asked), asked, path)
     journal = Journal.read(path)
@@ -132,11 +134,12 @@ def test_a_worker_on_every_clock(on_a_cpu: None, monkeypatch: pytest.MonkeyPatch
         found = case["contestants"][name]
         assert found["status"] == "ok" and found["gpu_warm"]["us"] == pytest.approx(3.05)
         assert {"gpu_cold", "call", "host"} <= set(found) and found["host"]["p50"] == 20.5
+        assert found["gpu_alone"]["us"] == pytest.approx(4.1) and len(found["gpu_alone"]["rounds"]) == 2
         assert found["call"]["over_flashcore"]["value"] == 1.0
     assert case["contestants"]["triton-plain"]["status"] == "refused" and case["seconds"] > 0
     protocol = {"name": " + ".join(peers_text.CLOCKS.values()), "contestants": ["flashcore", *asked.peers]}
     rows = list(peers_text.rows(case, protocol, records.peers()["ceilings"]))
-    assert [row[29:38].strip() for row in rows] == ["gpu warm", "gpu cold", "call", "host"]
+    assert [row[29:38].strip() for row in rows] == ["gpu warm", "gpu cold", "gpu alone", "call", "host"]
     assert peers_text.figure(case, "sdpa", "host") == 20.5 and peers_text.tflops(case, "call") is None
     Writer(path)(fault=["S24 B2 H2 D16 padded", "call", "hung"])
     text = "".join(line for line in path.read_text().splitlines(keepends=True) if '"case"' not in line)

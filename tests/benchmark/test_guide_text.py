@@ -52,7 +52,13 @@ def test_faster_peers_are_named(tmp_path: Path) -> None:
     results.write(tmp_path / "d.json", slow)
     found = text(guide_text.behind, tmp_path)
     assert "1 of the 10 shapes" in found and "[results/d.json](../results/d.json)" in found
-    assert f"| {records.GPU} | S512 B32 D128 | 40.00 | 32.00 | sdpa-cudnn | 0.80x | 2001-02-03 |" in found
+    assert f"| {records.GPU} | S512 B32 D128 | gpu warm | 40.00 | 32.00 | sdpa-cudnn | 0.80x | 2001-02-03 |" in found
+    for name, timing in records.gpu({"flashcore": 60.0, "sdpa-cudnn": 30.0}).items():
+        slow["cases"][0]["contestants"][name]["gpu_alone"] = timing
+    results.write(tmp_path / "d.json", slow)
+    found = text(guide_text.behind, tmp_path)
+    assert "1 of the 10 shapes" in found and "| S512 B32 D128 | gpu warm | 40.00 |" in found
+    assert "| S512 B32 D128 | gpu alone | 60.00 | 30.00 | sdpa-cudnn | 0.50x |" in found
 
 
 def test_faster_peers_are_named_on_every_gpu(tmp_path: Path) -> None:

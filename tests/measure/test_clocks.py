@@ -145,6 +145,33 @@ def test_gpu_times_warm_the_gpu_up(device: FakeDevice) -> None:
     assert device.now >= 50_000
 
 
+def test_alone_times_are_those_of_a_gpu_that_has_settled(device: FakeDevice) -> None:
+    """A call here takes twice as long once its kind has run for 2.5 ms, as on a GPU that finds itself at its limit."""
+    since: dict[str, float] = {}
+
+    def work(name: str, us: float) -> Callable[[], None]:
+        def call() -> None:
+            if name not in since:
+                since.clear()
+                since[name] = device.now
+            device.now += us if device.now - since[name] < 2500 else 2 * us
+
+        return call
+
+    contestants = {"a": Contestant([work("a", 100)]), "b": Contestant([work("b", 250)])}
+    heard: list[str] = []
+    times, counts = clocks.alone_times(
+        contestants, turns=2, settle_us=3000, measure_us=2000, device=device, watch=heard.append
+    )
+    assert heard == ["a", "b", "a", "b", "b", "a"] and set(counts) == {"a", "b"}
+    assert times == {"a": pytest.approx([200.0] * 2), "b": pytest.approx([500.0] * 2)}
+
+
+def test_alone_times_have_a_value_of_the_slowest_call(device: FakeDevice) -> None:
+    slow = {"a": Contestant([device.work("a", 90_000)])}
+    assert clocks.alone_times(slow, turns=1, settle_us=10, measure_us=10, device=device)[0]["a"] == [90_000.0]
+
+
 def test_gpu_times_say_whose_turn_it_is(device: FakeDevice) -> None:
     heard: list[str] = []
     contestants = {"a": Contestant([device.work("a", 100)]), "b": Contestant([device.work("b", 100)])}
