@@ -44,7 +44,7 @@ _PLANTED = (
     # -- softmax
     _softmax("maximum of this tile alone", "new_m = gl.maximum(m, new_m)", "new_m = new_m", "large logits"),
     _softmax("maximum not scaled", "top * qk_scale", "top"),
-    _softmax("the least of a thread's maxima", "gl.max(few, 1)", "gl.min(few, 1)", "large logits"),
+    _softmax("the least of four maxima", "gl.max(few, 1)", "gl.min(few, 1)", "large logits"),
     _softmax("rescale upside down", "else m - base)", "else base - m)"),
     _softmax("rescale beside a bias in base 2", "gl.exp2((m - base) * LOG2E if", "gl.exp2((m - base) if", "fp32 bias"),
     _kernel("scores beside a bias in base 2", "if cap is None and not BIAS else LOG2E", "if cap is None else LOG2E",
@@ -178,7 +178,7 @@ _PLANTED = (
     _specialized("values of the first slice twice", ".slice(nth * KEYS", ".slice(0 * KEYS"),
     _specialized("accumulator not rescaled where products overlap",
                  "acc = _rescaled(acc, alpha, values)\n        loads += 1", "loads += 1", "shared, causal"),
-    _specialized("weights of the tile before", "        p = next_p\n", "", "shared, causal"),
+    _specialized("weights of the tile before", "p = next_p.to(dtype)  #", "#", "shared, causal"),
     _specialized("first tile's maximum forgotten", "_softmax(s, m, l, qk_scale, True)",
                  "_softmax(s, m, l, qk_scale, True)\n    m = m - 3.0", "shared, causal"),
     _specialized("rows of the first warpgroup for all", "batch, head, row + i * ROWS, 0]", "batch, head, row, 0]"),
