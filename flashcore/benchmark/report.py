@@ -367,10 +367,11 @@ def suites(folder: Path) -> Iterator[str]:
         return f"{spread}, {record['environment']['recorded'][:10]}"
 
     if rows := cross_gpu_text.beside_peers(gpus, found, cell):
+        alone = any(row[1] == peers_text.CLOCKS["gpu_alone"] for row in rows)
         yield (
-            "The best peer's time divided by FlashCore's: geometric mean over a suite, least and most. Device time, "
-            "gpu warm with inputs in the L2, gpu cold out of memory, in turns; gpu alone: warm, each by itself for "
-            "seconds, at the clock that its own power leaves."
+            "The best peer's time divided by FlashCore's: geometric mean over a suite, least and most. Device time in "
+            "turns, gpu warm with inputs in the L2, gpu cold out of memory"
+            + ("; gpu alone: warm, each by itself for seconds, at the clock that its power leaves." if alone else ".")
         )
         yield ""
         yield from _table(("Suite", "Clock", *gpus), rows)

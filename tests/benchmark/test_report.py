@@ -173,6 +173,22 @@ def test_the_same_suites_on_two_gpus_stand_side_by_side(tmp_path: Path) -> None:
     assert "## NVIDIA H100 80GB HBM3" in peers and "## NVIDIA H200" in peers and "peers-odd-h200.png" in peers
 
 
+def test_what_each_takes_alone_is_told_beside_what_it_takes_in_turns(tmp_path: Path) -> None:
+    record = records.peers()
+    path = tmp_path / "results" / "p.json"
+    results.write(path, record)
+    assert "gpu alone" not in "\n".join(report.suites(path.parent))
+    for case in record["cases"]:
+        us = {"flashcore": 2.0, "sdpa-cudnn": 1.0, "triton-plain": 3.0}
+        for name, timing in records.gpu(us).items():
+            case["contestants"][name]["gpu_alone"] = timing
+    results.write(path, record)
+    text = "\n".join(report.suites(path.parent))
+    assert "each by itself for seconds" in text and "| The nine configurations | gpu warm | 1.50x" in text
+    assert "| The nine configurations | gpu alone | 0.50x (0.50 to 0.50)" in text
+    assert "each contestant alone for seconds" in "\n".join(report.peers_report(path.parent))
+
+
 def test_an_incomplete_run_is_not_reported(tmp_path: Path) -> None:
     results.write(tmp_path / "results" / "p.json", records.peers(complete=False))
     assert report.write(tmp_path) == [tmp_path / report.SUPPORT]
