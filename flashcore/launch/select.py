@@ -1,11 +1,12 @@
 """Which kernel and tile compute a problem: a pure function of the problem, the GPU and the shipped tuning table.
 
-The allow-list below holds every configuration that FlashCore ever runs. Each was compiled for its architecture with
-no register spilled for plain problems, but for 8 and 16 bytes of two Hopper tiles between head dimensions 64 and 96,
+The allow-list below holds every configuration that FlashCore ever runs. Each was compiled for its architecture with no
+register spilled for plain problems, but for 8 and 16 bytes of two Hopper tiles between head dimensions 64 and 96,
 causal under Triton 3.6, and causal with lse under 3.9, 8 of one at 104 and 120 under 3.9, 8 of one pass that hides
-keys at 64 under 3.6 and 3.7, and up to 24 of three warpgroups above 96, causal under 3.6 and 3.7, stored once and
-loaded between loops; in the portable kernel rows that are not 16-byte aligned spill some, and on sm_80 and sm_89 packed
-sequences with a soft cap and lse. A tuning table and the caller's block sizes only point into the list.
+keys at 64 under 3.6 and 3.7, up to 24 of three warpgroups above 96, causal under 3.6 and 3.7, and up to 40 of four,
+stored once and loaded between loops or where a warpgroup loads for all; in the portable kernel rows that are not
+16-byte aligned spill some, and on sm_80 and sm_89 packed sequences with a soft cap and lse. A tuning table and the
+caller's block sizes only point into the list.
 """
 
 from __future__ import annotations
@@ -261,18 +262,38 @@ def _hopper_lengths(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[Config, ...]:
     return (*(replace(c, schedule="persistent") for c in stay), *flat)
 
 
+_FOUR = Config("hopper", 256, 128, 16, 5, "specialized", 128)
+_POWER_BOUND = 2048  # keys, from which on an H200 is at its power limit whatever computes them
+_FILLED = 0.92  # of the rows that the blocks of four warpgroups have in all their turns; they save some 8%
+
+
+def _four(p: Problem, target: Target) -> bool:
+    """Whether blocks of four warpgroups that share K and V are ahead, up to a head dimension of 64: beside many keys,
+    where what they save is power. In turns with others, at the clock that all of them leave, they take up to 1% longer
+    than small blocks, alone 5 to 10% less (docs/design/hopper-log.md): which no row of the table tells.
+    """
+    dim = max(p.head_dim, p.head_dim_v)
+    if p.is_causal or not 16 < dim <= 64 or p.seqlen_k < _POWER_BOUND or p.seqlen_k % _FOUR.block_n:
+        return False
+    heads = p.batch * p.heads_q
+    turns = -(-(-(-p.seqlen_q // _FOUR.block_m) * heads) // target.sms)
+    return p.seqlen_q * heads >= _FILLED * turns * target.sms * _FOUR.block_m
+
+
 def _specialized(problem: Problem, target: Target) -> tuple[Config, ...]:
     """Blocks of warpgroups that share K and V: three, with 160 registers a thread, and two, with 240, which waste fewer
-    rows where these are few. Small blocks are faster at head dimensions up to 64, unless rows end in half a sector, and
-    than two there and causal up to 96.
+    rows where these are few. Small blocks are faster at head dimensions up to 64, unless rows end in half a sector or
+    four serve, and than two there and causal up to 96.
     """
     p, dim = problem, max(problem.head_dim, problem.head_dim_v)
-    if (dim <= 64 and not _half_sectors(p)) or p.seqlen_k <= 128 or not _counts(p, 128) or pack_gqa(p, 64) > 1:
+    if p.seqlen_k <= 128 or not _counts(p, 128) or pack_gqa(p, 64) > 1:
         return ()
     if p.is_causal and (p.seqlen_q > p.seqlen_k or -(-p.seqlen_q // 128) * p.batch * p.heads_q < target.sms):
         return ()  # rows that see no key, or fewer blocks than SMs
     three, two = (Config("hopper", m, 128, m // 16, 2, "specialized", r) for m, r in ((192, 160), (128, 240)))
-    return (three,) if dim <= 64 or (p.is_causal and dim <= 96) else (three, two)
+    if dim <= 64:
+        return (_FOUR,) * _four(p, target) + (three,) * _half_sectors(p)
+    return (three,) if p.is_causal and dim <= 96 else (three, two)
 
 
 def _hopper(problem: Problem, target: Target) -> tuple[Config, ...]:
@@ -336,7 +357,7 @@ def select(
     """The configuration that computes `problem` on `target`.
 
     Of the configurations that can, the one in the tuning table's nearest row, where one is near enough
-    (`tuning.lookup.nearest`); elsewhere a rule's.
+    (`tuning.lookup.nearest`); elsewhere a rule's, and beside many keys at head dimensions up to 64 (`_four`).
 
     Args:
         backend: a kernel by name, which then serves or raises; None = any.
@@ -356,6 +377,8 @@ def select(
         tiles = ", ".join(f"{m}x{n}" for m, n in sorted({(c.block_m, c.block_n) for c in allowed}))
         asked = " x ".join("any" if size is None else str(size) for size in (block_m, block_n))
         raise ValueError(f"block_m, block_n: expected one of {tiles} for this problem on {target.name}, got {asked}")
+    if _FOUR in chosen:
+        return _FOUR
     if -(-problem.seqlen_q // 64) * problem.batch * problem.heads_q <= target.sms:  # more rows a block leave SMs idle
         chosen = [c for c in chosen if c.block_m <= 64] or chosen
     known = {} if problem.options else _rows(target)  # the table knows plain and causal problems
@@ -480,6 +503,8 @@ def shipped(target: Target) -> Iterator[tuple[Problem, Config]]:
     """
     plain = [_problem(head_dim=dim, seqlen_q=n) for dim in (32, 64, 80, 128, 256) for n in (128, 257, 512)]
     plain += [_problem(torch.bfloat16, head_dim=64, heads_kv=2, seqlen_q=512, is_causal=c) for c in (False, True)]
+    long = product((32, 64), (False, True))
+    plain += [_problem(head_dim=dim, seqlen_q=_POWER_BOUND, return_lse=lse) for dim, lse in long]
     yield from dict.fromkeys((problem, select(problem, target)) for problem in plain)
     known: dict[int, Container[Config]] = {}
     for dim in (*_HEAD_DIMS, 40, 104):  # these for what only rows that end in half a sector have

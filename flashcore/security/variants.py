@@ -182,24 +182,22 @@ def _layouts(target: Target) -> Iterator[Variant]:
     for rows in (_SEQLEN, _SEQLEN // 64 * 64):  # of one block's heads, and of a head alone
         p = replace(shared, seqlen_q=rows)
         yield from (Variant(p, c, target) for c in select.candidates(p, target) if c.kernel == "hopper")
-    for is_causal, config in product((False, True), _specialized(target)):
-        long = replace(_long(), is_causal=is_causal)
+    for is_causal, dim in product((False, True), (64, 128)):
+        long = replace(_long(dim), is_causal=is_causal)
         few = (_HEADS // 4) * long.stride_k[1], *long.stride_k[1:]
         long = replace(long, heads_kv=_HEADS // 4, stride_k=few, stride_v=few)
-        if config in select.candidates(long, target):
-            yield Variant(long, config, target, negative=True)
+        yield from (Variant(long, config, target, negative=True) for config in _specialized(long, target))
 
 
-def _specialized(target: Target, is_causal: bool = False) -> list[Config]:
-    long = replace(_long(), is_causal=is_causal)
-    return [c for c in select.candidates(long, target) if c.schedule == "specialized"]
+def _specialized(problem: Problem, target: Target) -> list[Config]:
+    return [c for c in select.candidates(problem, target) if c.schedule == "specialized"]
 
 
-def _long() -> Problem:
-    """Of a length and a head dimension at which warpgroups that share K and V compute it."""
-    rows = _HEADS * 2048 * 128, 2048 * 128, 128
+def _long(dim: int = 128) -> Problem:
+    """Of a length at which warpgroups that share K and V compute it, up to 64 where nothing is hidden."""
+    rows = _HEADS * 2048 * dim, 2048 * dim, dim
     return replace(
-        _sized(_plain(), 128), seqlen_q=2048, seqlen_k=2048, stride_q=rows, stride_k=rows, stride_v=rows, stride_o=rows,
+        _sized(_plain(), dim), seqlen_q=2048, seqlen_k=2048, stride_q=rows, stride_k=rows, stride_v=rows, stride_o=rows,
         return_lse=False,
     )  # fmt: skip
 
@@ -216,7 +214,7 @@ def _controls(target: Target) -> Iterator[Variant]:
             problem = problems[control]
             found = list(_chosen(problem, kernel, target))
             if found and control == "specialized rescale":
-                overlapped = (c for c in _specialized(target, is_causal=True) if c.block_m == 128)  # the mutant's
+                overlapped = (c for c in _specialized(problem, target) if c.block_m == 128)  # the mutant's
                 found = [Variant(problem, c, target) for c in overlapped]
             yield from (replace(v, control=control) for v in found)
 

@@ -59,6 +59,20 @@ def test_right_twice(shape, dtype, is_causal):
         right(attention(q, k, v, is_causal=is_causal), q, k, v, is_causal=is_causal)
 
 
+@pytest.mark.parametrize(
+    ("heads_q", "heads_kv", "rows", "keys", "dim"),  # that fill an H100 with blocks of 256 rows
+    [(32, 8, 2048, 2048, 64), (32, 32, 2000, 2176, 64), (66, 33, 512, 4096, 40), (33, 33, 1024, 2048, 24)],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_many_keys_right_and_equal_twice(heads_q, heads_kv, rows, keys, dim, dtype):
+    q, (k, v, _) = qkv(2, heads_q, rows, dim, dtype=dtype)[0], qkv(2, heads_kv, keys, dim, dtype=dtype, seed=1)
+    out, lse = attention(q, k, v, return_lse=True)
+    verdict = gates.check(out, q, k, v, lse=lse)
+    assert verdict.passed, verdict.failures
+    assert torch.equal(attention(q, k, v), attention(q, k, v))
+    right(attention(q, k, v, scale=-0.1), q, k, v, scale=-0.1)
+
+
 @pytest.mark.parametrize("backend", ["portable", "hopper"])
 def test_each_kernel_by_name_and_with_views(backend):
     try:

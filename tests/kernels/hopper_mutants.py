@@ -29,6 +29,7 @@ FLAT = Config("hopper", 64, 64, 4, 1, "", 168)
 STAYS = replace(FLAT, schedule="persistent")
 THREE = Config("hopper", 192, 128, 12, 2, "specialized", 160)
 TWO = Config("hopper", 128, 128, 8, 2, "specialized", 240)
+FOUR = Config("hopper", 256, 128, 16, 5, "specialized", 128)
 BOUNDS = {  # of packed sequences
     "packed": (0, 40, 40, 150),
     "short": (0, 5, 6, 10, 16, 22, 30, 38, 238),
@@ -78,6 +79,7 @@ TRIALS = {
     "narrow tile, persistent": Trial(Shape(40, 16, 128, 64, heads_kv=4, seqlen_k=210), config=STAYS),
     "columns": Trial(Shape(2, 4, 230, 88, heads_kv=2, seqlen_k=300)),
     "shared": Trial(Shape(2, 4, 400, 128, heads_kv=2, seqlen_k=512), config=THREE),
+    "shared by four": Trial(Shape(10, 16, 400, 64, heads_kv=4, seqlen_k=600), config=FOUR),
     "shared, columns": Trial(Shape(2, 4, 400, 88, heads_kv=2, seqlen_k=500), config=THREE),
     "shared, many": Trial(Shape(10, 16, 400, 128, heads_kv=4, seqlen_k=256), config=THREE),
     "shared, negative": Trial(Shape(1, 2, 200, 128, seqlen_k=300), options={"scale": -0.1}, config=TWO),

@@ -384,6 +384,7 @@ def test_all_warps_are_done_with_a_buffer_that_is_filled_again(asked: Problem, c
 
 THREE = Config("hopper", 192, 128, 12, 2, "specialized", 160)
 TWO = Config("hopper", 128, 128, 8, 2, "specialized", 240)
+FOUR = Config("hopper", 256, 128, 16, 5, "specialized", 128)
 SPECIALIZED = pytest.mark.parametrize(
     ("asked", "config"),
     [
@@ -401,6 +402,10 @@ SPECIALIZED = pytest.mark.parametrize(
         pytest.param(problem(2048, 128, is_causal=True), THREE, id="three-causal"),
         pytest.param(problem(2000, 128, is_causal=True, return_lse=True), THREE, id="three-causal-uneven-lse"),
         pytest.param(problem(2000, 96, is_causal=True, return_lse=True), THREE, id="three-96-causal-uneven-lse"),
+        pytest.param(problem(2048), FOUR, id="four"),
+        pytest.param(problem(2048, return_lse=True, heads_kv=2), FOUR, id="four-gqa-lse"),
+        pytest.param(problem(2048, 32, dtype=torch.bfloat16), FOUR, id="four-32-bf16"),
+        pytest.param(problem(4096, 40), FOUR, id="four-40"),
     ],
 )
 
@@ -413,11 +418,13 @@ def test_warpgroups_are_on_the_allow_list(asked: Problem, config: Config) -> Non
 @pytest.mark.parametrize(
     "asked",
     [
-        problem(2048, 64), problem(16_384, 64), problem(2048, 48), problem(128, 128), problem(128, 96),
+        problem(2048, 64, is_causal=True), problem(1920, 64), problem(2000, 48), problem(2048, 16),
+        problem(2048, 64, batch=5), problem(128, 128), problem(128, 96),
         problem(2048, 128, window=(5, 5)), problem(2048, 128, softcap=5.0),
         problem(2048, 128, seqlen_k=1024, is_causal=True),
     ],
-    ids=["dim-64", "dim-64-long", "dim-48", "one-tile", "one-tile-dim-96", "window", "softcap", "rows-without-keys"],
+    ids=["causal-dim-64", "short-dim-64", "uneven-dim-48", "dim-16", "blocks-with-little-to-do", "one-tile",
+         "one-tile-dim-96", "window", "softcap", "rows-without-keys"],
 )
 def test_warpgroups_are_not_for(asked: Problem) -> None:
     assert not {config.schedule for config in configs(asked)} & {"specialized"}
@@ -426,40 +433,67 @@ def test_warpgroups_are_not_for(asked: Problem) -> None:
 def test_how_many_warpgroups() -> None:
     for change, expected in (
         ({"return_lse": True}, [THREE, TWO]), ({"seqlen": 2000}, [THREE, TWO]), ({"is_causal": True}, [THREE, TWO]),
-        ({"is_causal": True, "head_dim": 96}, [THREE]), ({"head_dim": 40}, [THREE]), ({"head_dim": 24}, [THREE]),
+        ({"is_causal": True, "head_dim": 96}, [THREE]), ({"head_dim": 40, "is_causal": True}, [THREE]),
+        ({"head_dim": 24}, [FOUR, THREE]), ({"head_dim": 64}, [FOUR]), ({"head_dim": 64, "seqlen": 16_384}, [FOUR]),
+        ({"head_dim": 24, "seqlen": 2000}, [THREE]), ({"head_dim": 48, "head_dim_v": 64}, [FOUR]),
     ):  # fmt: skip
         found = configs(problem(**{"seqlen": 2048, "head_dim": 128, **change}))
         assert [c for c in found if c.schedule == "specialized"] == expected
 
 
-def may_spill(asked: Problem, config: Config) -> bool:
-    """What a thread's place in the mask is, under Triton 3.6 and 3.7."""
-    return config is THREE and asked.is_causal and asked.head_dim > 96
+def may_spill(asked: Problem, config: Config) -> int:
+    """Bytes: of three what a thread's place in the mask is, under Triton 3.6 and 3.7; of four what it needs once an
+    item, or once a tile that it loads.
+    """
+    return 40 if config is FOUR else 24 if config is THREE and asked.is_causal and asked.head_dim > 96 else 0
 
 
 @SPECIALIZED
 def test_warpgroups_fit(asked: Problem, config: Config) -> None:
     compiled_ = code(asked, config)
     _, stack = resources(compiled_.cubin)
-    assert stack <= (24 if may_spill(asked, config) else 0)
-    assert compiled_.threads == 32 * (config.num_warps + 4), "the producer's warp comes with three more"
+    assert stack <= may_spill(asked, config)
+    loading = 0 if config is FOUR else 4  # a warp, which comes with three more
+    assert compiled_.threads == 32 * (config.num_warps + loading)
     assert compiled_.shared <= hopper.smem(asked, config) <= H100.smem_per_block
     assert config.maxnreg is not None
-    assert (config.maxnreg * config.num_warps + 24 * 4) * 32 <= 65_536
+    assert (config.maxnreg * config.num_warps + 24 * loading) * 32 <= 65_536
+
+
+def branches(text: tuple[str, ...]) -> list[tuple[int, int]]:
+    """From where to where."""
+    found = ((i, re.search(r"\bBRA\b.* 0x([0-9a-f]+)$", line)) for i, line in enumerate(text))
+    return [(i, int(to[1], 16) // 16) for i, to in found if to]
+
+
+def loops_over_keys(text: tuple[str, ...], groups: int) -> list[tuple[int, int]]:
+    """First and last instruction of each warpgroup's loop, where all its products are in there."""
+    products, back = places(text, r"HGMMA[.\w]*"), [(to, i) for i, to in branches(text) if to <= i]
+    found = []
+    for group in range(groups):
+        mine = products[group * len(products) // groups : (group + 1) * len(products) // groups]
+        around = (loop for loop in back if loop[0] <= mine[0] and mine[-1] <= loop[1])
+        found.append(min(around, key=lambda loop: loop[1] - loop[0]))
+    return found
 
 
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_what_three_spill_is_stored_once_and_loaded_outside_of_loops_over_keys(return_lse: bool) -> None:
     text = sass(problem(2000, 128, is_causal=True, return_lse=return_lse), THREE)
-    products = places(text, r"HGMMA[.\w]*")
-    branches = ((i, re.search(r"\bBRA\b.* 0x([0-9a-f]+)$", line)) for i, line in enumerate(text))
-    back = [(int(to[1], 16) // 16, i) for i, to in branches if to and int(to[1], 16) // 16 <= i]
-    for group in range(3):
-        mine = products[group * len(products) // 3 : (group + 1) * len(products) // 3]
-        around = (loop for loop in back if loop[0] <= mine[0] and mine[-1] <= loop[1])
-        first, last = min(around, key=lambda loop: loop[1] - loop[0])
-        assert len(mine) == 16 and not [i for i in places(text, r"LDL[.\w]*") if first <= i <= last]
-    assert all(i < products[0] for i in places(text, r"STL[.\w]*"))
+    loops = loops_over_keys(text, 3)
+    assert not [i for i in places(text, r"LDL[.\w]*") if any(first <= i <= last for first, last in loops)]
+    assert all(i < loops[0][0] for i in places(text, r"STL[.\w]*"))
+
+
+@pytest.mark.parametrize(("head_dim", "return_lse"), [(64, False), (64, True), (32, False)])
+def test_what_four_spill_is_no_tile_s_but_one_s_that_is_loaded(head_dim: int, return_lse: bool) -> None:
+    text = sass(problem(2048, head_dim, return_lse=return_lse), FOUR)
+    loads, spills = places(text, r"UTMALDG[.\w]*"), places(text, r"(LDL|STL)[.\w]*")
+    for first, last in loops_over_keys(text, 4):
+        around = [(i, to) for i, to in branches(text) if first <= i < to <= last and any(i < j < to for j in loads)]
+        skipped, back = min(around)
+        assert len([j for j in loads if skipped < j < back]) == 2, "keys and values"
+        assert not [i for i in spills if first <= i <= last and not skipped < i < back]
 
 
 @SPECIALIZED
@@ -472,13 +506,17 @@ def test_products_of_warpgroups(asked: Problem, config: Config) -> None:
 
 
 @SPECIALIZED
-def test_one_warp_loads_for_all(asked: Problem, config: Config) -> None:
+def test_one_warp_loads_for_all_or_each_in_turn(asked: Problem, config: Config) -> None:
     text = sass(asked, config)
     groups = config.num_warps // 4
     boxes = 2 if hopper.block_of(asked.head_dim) > 64 else 1  # TMA's swizzled rows are 128 bytes
     boxes_v = 2 if hopper.block_of(asked.head_dim_v) > 64 else 1
     loads, stores = places(text, r"UTMALDG[.\w]*"), places(text, r"UTMASTG[.\w]*")
-    assert len(loads) == (groups + 2) * boxes + 2 * boxes_v and len(stores) == groups, "the first keys apart, around q"
+    if config is FOUR:
+        assert len(loads) == 4 * groups + 4, "the first item's q and every next one's, a tile, and two ahead of all"
+    else:
+        assert len(loads) == (groups + 2) * boxes + 2 * boxes_v, "the first keys apart, around q"
+    assert len(stores) == groups
     if not may_spill(asked, config):
         assert not places(text, r"(LDL|STL)(\.\S+)?")
     assert not places(text, r"(LDG|LD|LDGSTS|ST|ATOM|ATOMG|RED|REDG|UBLKCP|UBLKRED)(\.\S+)?")
@@ -493,7 +531,7 @@ def test_softmax_runs_under_products_or_in_turn(asked: Problem, config: Config) 
     order = sorted((i, kind) for kind, pattern in kinds.items() for i in places(text, pattern))
     line = re.sub(r"(.)\1+", r"\1", "".join(kind for _, kind in order))
     groups = config.num_warps // 4
-    if config is THREE:
+    if config is not TWO:
         turns = rf"(HWE(HE)+HW){{{groups}}}"
         assert re.fullmatch(turns, line), "QK, its wait, half a softmax, the rest with PV under way, its wait"
     else:

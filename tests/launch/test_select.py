@@ -77,8 +77,23 @@ def test_a_rule_serves_where_nothing_was_measured(target: Target, rows: list[loo
 def test_blocks_stay_for_several_items_only_where_keys_are_few(rows: list[lookup.Row]) -> None:
     for asked in (problem(16, 512), problem(16, 960)):
         assert select(asked, H200).schedule == "persistent"
-    for asked in (problem(8, 128), problem(8, 1024), problem(1, 16_384), problem(1, 16_384, is_causal=True)):
+    for asked in (problem(8, 128), problem(8, 1024), problem(1, 16_320), problem(1, 16_384, is_causal=True)):
         assert select(asked, H200).schedule == ""
+
+
+def test_four_warpgroups_share_many_keys_where_all_of_them_have_rows_to_the_end() -> None:
+    def four(*sizes: int, **change: Any) -> bool:
+        return select(problem(*sizes, **change), H200).block_m == 256
+
+    for sizes in ((1, 16_384), (8, 2048), (16, 2048, 32), (8, 4096, 40), (33, 4096, 24)):
+        assert four(*sizes)
+        assert not four(*sizes, is_causal=True) and not four(*sizes, softcap=30.0)
+    for sizes in ((16, 1920), (8, 2040), (8, 2048, 16), (8, 2048, 72), (5, 2048), (1, 2048)):
+        assert not four(*sizes)
+    few_rows = dataclasses.replace(problem(17, 2048), seqlen_q=200)
+    assert select(few_rows, H200).block_m == 64
+    assert select(problem(8, 2048), H200, block_m=64).block_m == 64
+    assert select(problem(8, 2048), A100).kernel == "portable"
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,16 @@
-"""Attention forward on sm_90 for long sequences at large head dimensions: warpgroups that share K and V.
+"""Attention forward on sm_90 for long sequences: warpgroups that share K and V, 64 query rows each.
 
-At D=128 the tile of one warpgroup takes the tensor cores 1,024 cycles and its softmax about as long, so that few
-warpgroups fill an SM; what small blocks lose there is what each of them reads for itself, and where rows lie across the
-L2's lines (D=72 to 96) or end in half a sector (odd multiples of 8) how often they ask. Here one warp loads Q, K and V
-through TMA, and every other warpgroup computes 64 rows against the same tiles of K and V:
+Small blocks read K and V each for itself. From the L2 that takes power, which beside many keys a GPU is short of: at
+its limit it lowers its clock. Above D=64, where few warpgroups fill an SM, it takes time, too, and more of it where
+rows lie across the L2's lines (D=72 to 96) or end in half a sector (odd multiples of 8). Here a block fills an SM, with
 
-* three, each QK, softmax, PV in turn: of three some other one always has products under way;
+* four warpgroups up to D=64, each QK, softmax, PV in turn, of which each loads every fourth tile for all: a warp that
+  does nothing else would have its registers from them, who need 128 a thread, all that an SM has for sixteen warps;
+* three above, in turn, too, beside a warp that loads: of three some other one always has products under way;
 * two, where three would have too few items: each issues the next tile's QK and this tile's PV together, under whose
   products its softmax runs (FlashAttention-3, Shah et al. 2024).
 
-One block fills an SM and stays for all its items, which are dealt in advance; the next one's q comes once all have
-multiplied with this one's.
+A block stays for all its items, which are dealt in advance.
 docs/design/hopper-log.md has the measurements. No branch and no address depends on a value of q, k or v.
 """
 
@@ -28,13 +28,15 @@ from .attention import divide, product, qk
 from .compat import aggregate, tma_load, tma_store
 from .softmax import LN2, factor, hide, maximum, mean, parts, times, weights
 
+AHEAD = gl.constexpr(2)  # tiles that warpgroups load ahead of their own; the ring's others are how far one may lag
+
 
 @aggregate
 class Ring:
-    """Tiles that the producer fills and `readers` warpgroups free, one after the other; `turn` counts them.
+    """Tiles that are filled for `readers` warpgroups, who free them, one after the other; a turn counts them.
 
-    A buffer's barriers complete once each time it is filled or freed, so that a turn tells buffer and phase. Of a
-    tile's columns COLUMNS + MORE are multiplied.
+    A buffer's barriers complete once each time it is filled or freed, so that a turn tells its place: which buffer, and
+    which phase of its barriers. Of a tile's columns COLUMNS + MORE are multiplied.
     """
 
     box: gl.shared_memory_descriptor  # [STAGES, 1, 1, rows, columns]
@@ -62,29 +64,49 @@ class Ring:
             mbarrier.init(self.empty.index(i), count=readers)
 
     @gluon.jit
+    def place(self, turn):
+        return turn % self.STAGES, (turn // self.STAGES) & 1
+
+    @gluon.jit
+    def after(self, place):
+        """The next turn's, without a division."""
+        last = place[0] == self.STAGES - 1
+        return gl.where(last, 0, place[0] + 1), gl.where(last, place[1] ^ 1, place[1])
+
+    @gluon.jit
     def fill(self, turn, desc, batch, head, row):
-        slot = turn % self.STAGES
+        slot, _ = self.place(turn)
         self.wait_free(turn - self.STAGES, turn >= self.STAGES)
         mbarrier.expect(self.full.index(slot), self.BYTES)
         tma_load(desc, [batch, head, row, 0], self.full.index(slot), self.box.index(slot))
 
     @gluon.jit
-    def wait(self, turn, pred=True):
-        mbarrier.wait(self.full.index(turn % self.STAGES), (turn // self.STAGES) & 1, pred=pred)
+    def fill_both(self, values, turn, k_desc, v_desc, batch, head, row, pred):
+        """This ring's buffer and that of `values`, which has the same barriers."""
+        slot, _ = self.place(turn)
+        self.wait_free(turn - self.STAGES, pred & (turn >= self.STAGES))
+        mbarrier.expect(self.full.index(slot), self.BYTES + values.BYTES, pred=pred)
+        tma_load(k_desc, [batch, head, row, 0], self.full.index(slot), self.box.index(slot), pred=pred)
+        tma_load(v_desc, [batch, head, row, 0], self.full.index(slot), values.box.index(slot), pred=pred)
 
     @gluon.jit
-    def free(self, turn):
-        mbarrier.arrive(self.empty.index(turn % self.STAGES), count=1)
+    def wait(self, place, pred=True):
+        mbarrier.wait(self.full.index(place[0]), place[1], pred=pred)
+
+    @gluon.jit
+    def free(self, place):
+        mbarrier.arrive(self.empty.index(place[0]), count=1)
 
     @gluon.jit
     def wait_free(self, turn, pred=True):
-        mbarrier.wait(self.empty.index(turn % self.STAGES), (turn // self.STAGES) & 1, pred=pred)
+        slot, phase = self.place(turn)
+        mbarrier.wait(self.empty.index(slot), phase, pred=pred)
 
     @gluon.jit
-    def tile(self, turn):
+    def tile(self, place):
         rows: gl.constexpr = self.box.shape[3]
         columns: gl.constexpr = self.box.shape[4]
-        return self.box.index(turn % self.STAGES).reshape([rows, columns])
+        return self.box.index(place[0]).reshape([rows, columns])
 
 
 @aggregate
@@ -181,6 +203,27 @@ def _produce(q_desc, k_desc, v_desc, q_box, q_full, keys, values, work):
         turn += 1
 
 
+@gluon.jit
+def _fetch_q(q_desc, q_box, q_full, turn, work, WHICH: gl.constexpr):
+    """A warpgroup's own rows of the block's item at `turn`, if there is one."""
+    ROWS: gl.constexpr = q_desc.block_shape[2]
+    row_tile, head, batch = work.item(turn)
+    exists = work.index(turn) < work.items
+    row = (row_tile * q_box.shape[0] + WHICH) * ROWS
+    mbarrier.expect(q_full.index(WHICH), ROWS * q_desc.block_shape[3] * 2, pred=exists)
+    tma_load(q_desc, [batch, head, row, 0], q_full.index(WHICH), q_box.index(WHICH), pred=exists)
+
+
+@gluon.jit
+def _fetch(k_desc, v_desc, keys, values, load, tiles, work):
+    """K and V of tile `load`, counted over the block's items of `tiles` each, if there is one."""
+    turn = load // tiles
+    _, head, batch = work.item(turn)
+    exists = work.index(turn) < work.items
+    row = (load - turn * tiles) * work.BLOCK_N
+    keys.fill_both(values, load, k_desc, v_desc, batch, head // work.GROUP, row, exists)
+
+
 @gluon.constexpr_function
 def _warpgroup(columns):
     """How the registers of a warpgroup hold a product with so many columns."""
@@ -188,10 +231,10 @@ def _warpgroup(columns):
 
 
 @gluon.jit
-def _scores(q_tile, keys, turn):
+def _scores(q_tile, keys, place):
     """q k^T of a tile; a promise, to be waited for."""
     rows: gl.constexpr = keys.box.shape[3]
-    return qk(q_tile, keys.tile(turn).permute((1, 0)), rows, keys.COLUMNS, keys.MORE, 4)
+    return qk(q_tile, keys.tile(place).permute((1, 0)), rows, keys.COLUMNS, keys.MORE, 4)
 
 
 @gluon.jit
@@ -258,16 +301,20 @@ def _softmax(s, m, l, qk_scale, FIRST: gl.constexpr):
 
 @gluon.jit
 def _in_turn(
-    q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, dtype: gl.constexpr, EVEN_N: gl.constexpr,
-    NEGATE: gl.constexpr,
+    q_tile, k_desc, v_desc, keys, values, loads, place, tiles, row, acc, m, l, qk_scale, work, dtype: gl.constexpr,
+    EVEN_N: gl.constexpr, NEGATE: gl.constexpr, GROUPS: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """PV takes a tile's keys in four slices, each under the softmax of the next one."""
+    TOGETHER: gl.constexpr = k_desc is not None  # K and V, loaded by the warpgroups
     KEYS: gl.constexpr = work.BLOCK_N // 4
     L: gl.constexpr = l.type.layout
     for tile in range(tiles):
-        keys.wait(loads)
-        s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads),))
-        keys.free(loads)
+        if not TOGETHER:
+            place = keys.place(loads)
+        keys.wait(place)
+        s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, place),))
+        if not TOGETHER:
+            keys.free(place)
         s = _visible(s, tile, row, work, EVEN_N, NEGATE)
         new_m, base = maximum(s, m, qk_scale, False, False, False, False)
         s_parts = parts(s, 4)
@@ -281,13 +328,19 @@ def _in_turn(
                 m = new_m
                 l = times(l, alpha) + sums  # noqa: E741
                 acc = _rescaled(acc, alpha, values)
-                values.wait(loads)
-            acc, read = _plus_values(acc, p.to(dtype), values.tile(loads).slice(nth * KEYS, KEYS, 0), values)
+                if not TOGETHER:
+                    values.wait(place)
+            acc, read = _plus_values(acc, p.to(dtype), values.tile(place).slice(nth * KEYS, KEYS, 0), values)
             operands = operands + read
+        if TOGETHER:
+            if (loads + AHEAD) % GROUPS == WHICH:
+                _fetch(k_desc, v_desc, keys, values, loads + AHEAD, tiles, work)
         acc = _arrived(acc, operands, values)
-        values.free(loads)
+        values.free(place)
         loads += 1
-    return acc, m, l
+        if TOGETHER:
+            place = keys.after(place)
+    return acc, m, l, place
 
 
 @gluon.jit
@@ -296,42 +349,44 @@ def _overlapped(
     NEGATE: gl.constexpr,
 ):  # fmt: skip
     PRODUCTS: gl.constexpr = 2 if values.MORE else 1  # of PV
-    keys.wait(loads)
-    s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, loads),))
-    keys.free(loads)
+    keys.wait(keys.place(loads))
+    s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, keys.place(loads)),))
+    keys.free(keys.place(loads))
     s = _visible(s, 0, row, work, EVEN_N, NEGATE)
     p, m, l, alpha = _softmax(s, m, l, qk_scale, True)
     p = p.to(dtype)
-    keys.wait(loads + 1, tiles > 1)
+    keys.wait(keys.place(loads + 1), tiles > 1)
     for tile in range(1, tiles):
-        scores = _scores(q_tile, keys, loads + 1)
-        values.wait(loads)
-        sums, read = _plus_values(acc, p, values.tile(loads), values)
+        scores = _scores(q_tile, keys, keys.place(loads + 1))
+        values.wait(values.place(loads))
+        sums, read = _plus_values(acc, p, values.tile(values.place(loads)), values)
         s = warpgroup_mma_wait(PRODUCTS, deps=(scores,))
-        keys.free(loads + 1)
+        keys.free(keys.place(loads + 1))
         s = _visible(s, tile, row, work, EVEN_N, NEGATE)
         next_p, m, l, alpha = _softmax(s, m, l, qk_scale, False)
         # Here, not where the next tile is used: without a branch in front of it ptxas moves the wait for the products
         # up, ahead of the softmax that runs under them.
-        keys.wait(loads + 2, tile + 1 < tiles)
+        keys.wait(keys.place(loads + 2), tile + 1 < tiles)
         acc = _arrived(sums, read + (next_p,), values)
         p = next_p.to(dtype)  # not before: PV still reads p's registers, and a copy into them costs more than waiting
-        values.free(loads)
+        values.free(values.place(loads))
         acc = _rescaled(acc, alpha, values)
         loads += 1
-    values.wait(loads)
-    sums, read = _plus_values(acc, p, values.tile(loads), values)
+    values.wait(values.place(loads))
+    sums, read = _plus_values(acc, p, values.tile(values.place(loads)), values)
     acc = _arrived(sums, read, values)
-    values.free(loads)
+    values.free(values.place(loads))
     return acc, m, l
 
 
 @gluon.jit
 def _consume(
-    o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N: gl.constexpr, NEGATE: gl.constexpr,
-    WHICH: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N: gl.constexpr,
+    NEGATE: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup: rows WHICH * 64 on of each of the block's items."""
+    """One warpgroup: rows WHICH * 64 on of each of the block's items. The descriptors of q, k and v where warpgroups
+    load, else None.
+    """
     dtype: gl.constexpr = o_desc.dtype
     GROUPS: gl.constexpr = o_box.shape[0]
     ROWS: gl.constexpr = o_box.shape[3]
@@ -341,7 +396,13 @@ def _consume(
     o_tile = o_box.index(WHICH)
     output = o_tile.reshape([ROWS, o_box.shape[4]])
     loads = 0
+    place = keys.place(loads)
     turn = 0
+    if q_desc is not None:
+        _fetch_q(q_desc, q_box, q_full, 0, work, WHICH)
+        for i in gl.static_range(AHEAD):
+            if i == WHICH:
+                _fetch(k_desc, v_desc, keys, values, i, work.keys(0), work)
     while work.index(turn) < work.items:
         row_tile, head, batch = work.item(turn)
         row = (row_tile * GROUPS + WHICH) * ROWS
@@ -357,15 +418,19 @@ def _consume(
                 q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, dtype, EVEN_N, NEGATE
             )
         else:
-            acc, m, l = _in_turn(
-                q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, dtype, EVEN_N, NEGATE
-            )
+            acc, m, l, place = _in_turn(
+                q_tile, k_desc, v_desc, keys, values, loads, place, tiles, row, acc, m, l, qk_scale, work, dtype,
+                EVEN_N, NEGATE, GROUPS, WHICH,
+            )  # fmt: skip
         loads += tiles
+        if q_desc is not None:
+            _fetch_q(q_desc, q_box, q_full, turn + 1, work, WHICH)
         for _ in range(tiles, work.keys((row_tile + 1) * GROUPS * ROWS)):  # those that only rows further down see
-            keys.wait(loads)
-            keys.free(loads)
-            values.wait(loads)
-            values.free(loads)
+            place = keys.place(loads)
+            keys.wait(place)
+            keys.free(place)
+            values.wait(place)
+            values.free(place)
             loads += 1
         total = gl.sum(l, 1)
         tma.store_wait(0)  # the item before this one has left the buffer
@@ -413,16 +478,20 @@ def attention_forward_specialized(
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
         gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER), STAGES, BLOCK_N * BLOCK_D * 2, D, MORE_D,
     )  # fmt: skip
-    values = Ring(
-        gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER), STAGES, BLOCK_N * BLOCK_DV * 2, DV, MORE_DV,
-    )  # fmt: skip
+    v_box = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout)
+    V_BYTES: gl.constexpr = BLOCK_N * BLOCK_DV * 2
+    if GROUPS == 4:
+        values = Ring(v_box, keys.full, keys.empty, STAGES, V_BYTES, DV, MORE_DV)
+    else:
+        values = Ring(
+            v_box, gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
+            gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER), STAGES, V_BYTES, DV, MORE_DV,
+        )  # fmt: skip
+        values.prepare(GROUPS)
     o_box = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, BLOCK_DV], o_desc.layout)
     for i in gl.static_range(GROUPS):
         mbarrier.init(q_full.index(i), count=1)
     keys.prepare(GROUPS)
-    values.prepare(GROUPS)
     fence_async_shared()
     work = Work(
         gl.program_id(0), blocks, items, row_tiles, heads, per_heads, together, per_together, cohort, per_cohort,
@@ -430,22 +499,41 @@ def attention_forward_specialized(
     )  # fmt: skip
     gdc_wait()  # the set-up above overlaps with whatever ran before in the stream; it has now written its results
     gdc_launch_dependents()  # a next kernel's blocks find no room before ours end
-    if GROUPS == 2:
+    if GROUPS == 4:
         gl.warp_specialize(
             [
-                (_consume, (o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N, NEGATE, 0)),
-                (_consume, (o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N, NEGATE, 1)),
+                (_consume, (q_desc, k_desc, v_desc, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale,
+                            EVEN_N, NEGATE, 0)),
+                (_consume, (q_desc, k_desc, v_desc, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale,
+                            EVEN_N, NEGATE, 1)),
+                (_consume, (q_desc, k_desc, v_desc, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale,
+                            EVEN_N, NEGATE, 2)),
+                (_consume, (q_desc, k_desc, v_desc, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale,
+                            EVEN_N, NEGATE, 3)),
+            ],
+            [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS],
+        )  # fmt: skip
+    elif GROUPS == 3:
+        gl.warp_specialize(
+            [
+                (_consume, (None, None, None, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale,
+                            EVEN_N, NEGATE, 0)),
+                (_consume, (None, None, None, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale,
+                            EVEN_N, NEGATE, 1)),
+                (_consume, (None, None, None, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale,
+                            EVEN_N, NEGATE, 2)),
                 (_produce, (q_desc, k_desc, v_desc, q_box, q_full, keys, values, work)),
             ],
-            [4, 1], [REGISTERS, 24],
+            [4, 4, 1], [REGISTERS, REGISTERS, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (_consume, (o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N, NEGATE, 0)),
-                (_consume, (o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N, NEGATE, 1)),
-                (_consume, (o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N, NEGATE, 2)),
+                (_consume, (None, None, None, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale,
+                            EVEN_N, NEGATE, 0)),
+                (_consume, (None, None, None, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale,
+                            EVEN_N, NEGATE, 1)),
                 (_produce, (q_desc, k_desc, v_desc, q_box, q_full, keys, values, work)),
             ],
-            [4, 4, 1], [REGISTERS, REGISTERS, 24],
+            [4, 1], [REGISTERS, 24],
         )  # fmt: skip
