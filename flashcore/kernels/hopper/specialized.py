@@ -312,7 +312,11 @@ def _in_turn(
         if not TOGETHER:
             place = keys.place(loads)
         keys.wait(place)
-        s = warpgroup_mma_wait(0, deps=(_scores(q_tile, keys, place),))
+        scores = _scores(q_tile, keys, place)
+        if TOGETHER:
+            if (loads + AHEAD) % GROUPS == WHICH:
+                _fetch(k_desc, v_desc, keys, values, loads + AHEAD, tiles, work)
+        s = warpgroup_mma_wait(0, deps=(scores,))
         if not TOGETHER:
             keys.free(place)
         s = _visible(s, tile, row, work, EVEN_N, NEGATE)
@@ -332,9 +336,6 @@ def _in_turn(
                     values.wait(place)
             acc, read = _plus_values(acc, p.to(dtype), values.tile(place).slice(nth * KEYS, KEYS, 0), values)
             operands = operands + read
-        if TOGETHER:
-            if (loads + AHEAD) % GROUPS == WHICH:
-                _fetch(k_desc, v_desc, keys, values, loads + AHEAD, tiles, work)
         acc = _arrived(acc, operands, values)
         values.free(place)
         loads += 1
