@@ -268,12 +268,12 @@ _FILLED = 0.92  # of the rows that the blocks of four warpgroups have in all the
 
 
 def _four(p: Problem, target: Target) -> bool:
-    """Whether blocks of four warpgroups that share K and V are ahead, up to a head dimension of 64: beside many keys,
+    """Whether blocks of four warpgroups that share K and V are ahead, at head dimensions of 40 to 64: beside many keys,
     where what they save is power. In turns with others, at the clock that all of them leave, they take up to 1% longer
-    than small blocks, alone 5 to 10% less (docs/design/hopper-log.md): which no row of the table tells.
+    than small blocks, alone 6 to 10% less (docs/design/hopper-log.md): which no row of the table tells.
     """
     dim = max(p.head_dim, p.head_dim_v)
-    if p.is_causal or not 16 < dim <= 64 or p.seqlen_k < _POWER_BOUND or p.seqlen_k % _FOUR.block_n:
+    if p.is_causal or not 32 < dim <= 64 or p.seqlen_k < _POWER_BOUND or p.seqlen_k % _FOUR.block_n:
         return False
     heads = p.batch * p.heads_q
     turns = -(-(-(-p.seqlen_q // _FOUR.block_m) * heads) // target.sms)
@@ -503,8 +503,7 @@ def shipped(target: Target) -> Iterator[tuple[Problem, Config]]:
     """
     plain = [_problem(head_dim=dim, seqlen_q=n) for dim in (32, 64, 80, 128, 256) for n in (128, 257, 512)]
     plain += [_problem(torch.bfloat16, head_dim=64, heads_kv=2, seqlen_q=512, is_causal=c) for c in (False, True)]
-    long = product((32, 64), (False, True))
-    plain += [_problem(head_dim=dim, seqlen_q=_POWER_BOUND, return_lse=lse) for dim, lse in long]
+    plain += [_problem(head_dim=64, seqlen_q=_POWER_BOUND, return_lse=lse) for lse in (False, True)]
     yield from dict.fromkeys((problem, select(problem, target)) for problem in plain)
     known: dict[int, Container[Config]] = {}
     for dim in (*_HEAD_DIMS, 40, 104):  # these for what only rows that end in half a sector have
