@@ -270,7 +270,8 @@ _FILLED = 0.92  # of the rows that the blocks of four warpgroups have in all the
 def _four(p: Problem, target: Target) -> bool:
     """Whether blocks of four warpgroups that share K and V are ahead, at head dimensions of 40 to 64: beside many keys,
     where what they save is power. In turns with others, at the clock that all of them leave, they take up to 1% longer
-    than small blocks, alone 6 to 10% less (docs/design/hopper-log.md): which no row of the table tells.
+    than small blocks, after a pause 1 to 4% less and alone 6 to 10% less (docs/design/hopper-log.md): which no row of
+    the table tells.
     """
     dim = max(p.head_dim, p.head_dim_v)
     if p.is_causal or not 32 < dim <= 64 or p.seqlen_k < _POWER_BOUND or p.seqlen_k % _FOUR.block_n:
