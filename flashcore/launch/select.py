@@ -4,9 +4,9 @@ The allow-list below holds every configuration that FlashCore ever runs. Each wa
 register spilled for plain problems, but for 8 and 16 bytes of two Hopper tiles between head dimensions 64 and 96,
 causal under Triton 3.6, and causal with lse under 3.9, 8 of one at 104 and 120 under 3.9, 8 of one pass that hides
 keys at 64 under 3.6 and 3.7, up to 24 of three warpgroups above 96, causal under 3.6 and 3.7, and up to 40 of four,
-stored once and loaded between loops or where a warpgroup loads for all; in the portable kernel rows that are not
-16-byte aligned spill some, and on sm_80 and sm_89 packed sequences with a soft cap and lse. A tuning table and the
-caller's block sizes only point into the list.
+stored once and loaded between loops or where a warpgroup loads for all, with lse under 3.9 8 of them in each tile; in
+the portable kernel rows that are not 16-byte aligned spill some, and on sm_80 and sm_89 packed sequences with a soft
+cap and lse. A tuning table and the caller's block sizes only point into the list.
 """
 
 from __future__ import annotations

@@ -494,7 +494,8 @@ def test_what_four_spill_is_no_tile_s_but_one_s_that_is_loaded(head_dim: int, re
         around = [(i, to) for i, to in branches(text) if first <= i < to <= last and any(i < j < to for j in loads)]
         skipped, back = min(around)
         assert len([j for j in loads if skipped < j < back]) == 2, "keys and values"
-        assert not [i for i in spills if first <= i <= last and not skipped < i < back]
+        of_each_tile = [i for i in spills if first <= i <= last and not skipped < i < back]
+        assert len(of_each_tile) <= (4 if NEWEST and return_lse else 0), "two registers of one warpgroup, with 3.9 and lse"
 
 
 @SPECIALIZED
