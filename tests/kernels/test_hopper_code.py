@@ -495,7 +495,7 @@ def test_what_four_spill_is_no_tile_s_but_one_s_that_is_loaded(head_dim: int, re
         skipped, back = min(around)
         assert len([j for j in loads if skipped < j < back]) == 2, "keys and values"
         of_each_tile = [i for i in spills if first <= i <= last and not skipped < i < back]
-        assert len(of_each_tile) <= (4 if NEWEST and return_lse else 0), "two registers of one warpgroup, with 3.9 and lse"
+        assert len(of_each_tile) <= (4 if NEWEST and return_lse else 0), "two registers of one, with 3.9 and lse"
 
 
 @SPECIALIZED
