@@ -263,14 +263,14 @@ def _hopper_lengths(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[Config, ...]:
 
 
 _FOUR = Config("hopper", 256, 128, 16, 5, "specialized", 128)
-_POWER_BOUND = 2048  # keys, from which on an H200 is at its power limit whatever computes them
+_POWER_BOUND = 2048  # keys, from which on the power that is saved outweighs the begins and ends of items
 _FILLED = 0.92  # of the rows that the blocks of four warpgroups have in all their turns; they save some 8%
 
 
 def _four(p: Problem, target: Target) -> bool:
     """Whether blocks of four warpgroups that share K and V are ahead, at head dimensions of 40 to 64: beside many keys,
-    where what they save is power. In turns with others, at the clock that all of them leave, they take up to 1% longer
-    than small blocks, after a pause 1 to 4% less and alone 6 to 10% less (docs/design/hopper-log.md): which no row of
+    where what they save is power. In turns with others, at the clock that all of them leave, they take up to 2% longer
+    than small blocks, after a pause 1 to 4% less and alone 6 to 11% less (docs/design/hopper-log.md): which no row of
     the table tells.
     """
     dim = max(p.head_dim, p.head_dim_v)

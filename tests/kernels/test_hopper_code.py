@@ -482,6 +482,7 @@ def loops_over_keys(text: tuple[str, ...], groups: int) -> list[tuple[int, int]]
 def test_what_three_spill_is_stored_once_and_loaded_outside_of_loops_over_keys(return_lse: bool) -> None:
     text = sass(problem(2000, 128, is_causal=True, return_lse=return_lse), THREE)
     loops = loops_over_keys(text, 3)
+    assert len(places(text, r"HGMMA[.\w]*")) == 3 * 16
     assert not [i for i in places(text, r"LDL[.\w]*") if any(first <= i <= last for first, last in loops)]
     assert all(i < loops[0][0] for i in places(text, r"STL[.\w]*"))
 
@@ -489,6 +490,7 @@ def test_what_three_spill_is_stored_once_and_loaded_outside_of_loops_over_keys(r
 @pytest.mark.parametrize(("head_dim", "return_lse"), [(64, False), (64, True), (48, False)])
 def test_what_four_spill_is_no_tile_s_but_one_s_that_is_loaded(head_dim: int, return_lse: bool) -> None:
     text = sass(problem(2048, head_dim, return_lse=return_lse), FOUR)
+    assert len(places(text, r"HGMMA[.\w]*")) == 4 * 12
     loads, spills = places(text, r"UTMALDG[.\w]*"), places(text, r"(LDL|STL)[.\w]*")
     for first, last in loops_over_keys(text, 4):
         around = [(i, to) for i, to in branches(text) if first <= i < to <= last and any(i < j < to for j in loads)]

@@ -305,7 +305,7 @@ def _in_turn(
     EVEN_N: gl.constexpr, NEGATE: gl.constexpr, GROUPS: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
     """PV takes a tile's keys in four slices, each under the softmax of the next one."""
-    TOGETHER: gl.constexpr = k_desc is not None  # K and V, loaded by the warpgroups
+    TOGETHER: gl.constexpr = GROUPS == 4  # K and V of a tile, which the warpgroups load
     KEYS: gl.constexpr = work.BLOCK_N // 4
     L: gl.constexpr = l.type.layout
     for tile in range(tiles):
@@ -381,13 +381,9 @@ def _overlapped(
 
 
 @gluon.jit
-def _consume(
-    q_desc, k_desc, v_desc, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N: gl.constexpr,
-    NEGATE: gl.constexpr, WHICH: gl.constexpr,
-):  # fmt: skip
-    """One warpgroup: rows WHICH * 64 on of each of the block's items. The descriptors of q, k and v where warpgroups
-    load, else None.
-    """
+def _consume(given, WHICH: gl.constexpr):
+    """One warpgroup: rows WHICH * 64 on of each of the block's items."""
+    q_desc, k_desc, v_desc, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N, NEGATE = given
     dtype: gl.constexpr = o_desc.dtype
     GROUPS: gl.constexpr = o_box.shape[0]
     ROWS: gl.constexpr = o_box.shape[3]
@@ -399,7 +395,7 @@ def _consume(
     loads = 0
     place = keys.place(loads)
     turn = 0
-    if q_desc is not None:
+    if GROUPS == 4:
         _fetch_q(q_desc, q_box, q_full, 0, work, WHICH)
         for i in gl.static_range(AHEAD):
             if i == WHICH:
@@ -424,7 +420,7 @@ def _consume(
                 EVEN_N, NEGATE, GROUPS, WHICH,
             )  # fmt: skip
         loads += tiles
-        if q_desc is not None:
+        if GROUPS == 4:
             _fetch_q(q_desc, q_box, q_full, turn + 1, work, WHICH)
         for _ in range(tiles, work.keys((row_tile + 1) * GROUPS * ROWS)):  # those that only rows further down see
             place = keys.place(loads)
@@ -461,10 +457,10 @@ def attention_forward_specialized(
     """softmax(q k^T) v as attention_forward has it, for problems without options of which every row sees some key.
 
     D + MORE_D and DV + MORE_DV: the columns of a box that are multiplied, in one part or two. GROUPS: warpgroups that
-    compute. STAGES: buffers each for K and V. REGISTERS: of a thread that computes; what the producer leaves goes to
-    the first warpgroup. The boxes of q_desc and o_desc are one warpgroup's rows, row_tiles count a block's. together:
-    heads, of all batches, whose items come together; cohort: these items. blocks: of the grid, for a register less than
-    asking for it.
+    compute; four also load, and take nothing causal. STAGES: buffers each for K and V. REGISTERS: of a thread that
+    computes; what a warp that loads leaves goes to the first warpgroup. The boxes of q_desc and o_desc are one
+    warpgroup's rows, row_tiles count a block's. together: heads, of all batches, whose items come together; cohort:
+    these items. blocks: of the grid, for a register less than asking for it.
     """
     dtype: gl.constexpr = q_desc.dtype
     ROWS: gl.constexpr = q_desc.block_shape[2]
@@ -481,7 +477,7 @@ def attention_forward_specialized(
     )  # fmt: skip
     v_box = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout)
     V_BYTES: gl.constexpr = BLOCK_N * BLOCK_DV * 2
-    if GROUPS == 4:
+    if GROUPS == 4:  # a tile's K and V come together, and are free when PV is done
         values = Ring(v_box, keys.full, keys.empty, STAGES, V_BYTES, DV, MORE_DV)
     else:
         values = Ring(
@@ -500,41 +496,21 @@ def attention_forward_specialized(
     )  # fmt: skip
     gdc_wait()  # the set-up above overlaps with whatever ran before in the stream; it has now written its results
     gdc_launch_dependents()  # a next kernel's blocks find no room before ours end
+    given = (
+        q_desc, k_desc, v_desc, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N, NEGATE
+    )  # fmt: skip
+    produced = (q_desc, k_desc, v_desc, q_box, q_full, keys, values, work)
     if GROUPS == 4:
         gl.warp_specialize(
-            [
-                (_consume, (q_desc, k_desc, v_desc, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale,
-                            EVEN_N, NEGATE, 0)),
-                (_consume, (q_desc, k_desc, v_desc, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale,
-                            EVEN_N, NEGATE, 1)),
-                (_consume, (q_desc, k_desc, v_desc, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale,
-                            EVEN_N, NEGATE, 2)),
-                (_consume, (q_desc, k_desc, v_desc, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale,
-                            EVEN_N, NEGATE, 3)),
-            ],
+            [(_consume, (given, 0)), (_consume, (given, 1)), (_consume, (given, 2)), (_consume, (given, 3))],
             [4, 4, 4], [REGISTERS, REGISTERS, REGISTERS],
         )  # fmt: skip
     elif GROUPS == 3:
         gl.warp_specialize(
-            [
-                (_consume, (None, None, None, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale,
-                            EVEN_N, NEGATE, 0)),
-                (_consume, (None, None, None, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale,
-                            EVEN_N, NEGATE, 1)),
-                (_consume, (None, None, None, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale,
-                            EVEN_N, NEGATE, 2)),
-                (_produce, (q_desc, k_desc, v_desc, q_box, q_full, keys, values, work)),
-            ],
+            [(_consume, (given, 0)), (_consume, (given, 1)), (_consume, (given, 2)), (_produce, produced)],
             [4, 4, 1], [REGISTERS, REGISTERS, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(
-            [
-                (_consume, (None, None, None, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale,
-                            EVEN_N, NEGATE, 0)),
-                (_consume, (None, None, None, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale,
-                            EVEN_N, NEGATE, 1)),
-                (_produce, (q_desc, k_desc, v_desc, q_box, q_full, keys, values, work)),
-            ],
-            [4, 1], [REGISTERS, 24],
-        )  # fmt: skip
+            [(_consume, (given, 0)), (_consume, (given, 1)), (_produce, produced)], [4, 1], [REGISTERS, 24]
+        )
