@@ -295,16 +295,20 @@ def block_of(dim: int) -> int:
 
 
 def _columns(p: Problem) -> dict[str, int]:
-    """The kernels' parameters for it, of K and of V."""
-    (d, more_d), (dv, more_dv) = columns(p.head_dim), columns(p.head_dim_v)
+    """The kernels' parameters for it, of K and of V. Products with 32 and 16 columns of V are no faster than one with
+    64; of K, whose columns are added up, fewer are.
+    """
+    (d, more_d), (dv, more_dv) = columns(p.head_dim, 32), columns(p.head_dim_v, 64)
     return {"D": d, "MORE_D": more_d, "DV": dv, "MORE_DV": more_dv}
 
 
-def columns(dim: int) -> tuple[int, int]:
-    """Columns that are multiplied, in two parts where that leaves out some of the box: a part is a power of two."""
+def columns(dim: int, fewest: int) -> tuple[int, int]:
+    """Columns that are multiplied, in two parts where that leaves out some of the box and the first has no less than
+    `fewest`: a part is a power of two.
+    """
     whole = block_of(dim)
     first, rest = whole // 2, dim - whole // 2
-    if first >= 64 and block_of(rest) < first:
+    if first >= fewest and block_of(rest) < first:
         return first, block_of(rest)
     return whole, 0
 

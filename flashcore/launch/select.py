@@ -263,22 +263,25 @@ def _hopper_lengths(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[Config, ...]:
 
 
 _FOUR = Config("hopper", 256, 128, 16, 5, "specialized", 128)
-_POWER_BOUND = 2048  # keys, from which on the power that is saved outweighs the begins and ends of items
-_FILLED = 0.92  # of the rows that the blocks of four warpgroups have in all their turns; they save some 8%
+_FILLED = 0.92  # of the rows and keys that the blocks of four warpgroups have in all their turns; they save 8% and more
 
 
 def _four(p: Problem, target: Target) -> bool:
-    """Whether blocks of four warpgroups that share K and V are ahead, at head dimensions of 40 to 64: beside many keys,
-    where what they save is power. In turns with others, at the clock that all of them leave, they take up to 2% longer
-    than small blocks, after a pause 1 to 4% less and alone 6 to 11% less (docs/design/hopper-log.md): which no row of
-    the table tells.
+    """Whether blocks of four warpgroups that share K and V are ahead, at head dimensions of 24 to 64: beside so many
+    keys that what they save outweighs the begins and ends of items, which nothing hides in a block's only turn. They
+    save power and, where rows lie across the L2's lines, waits for K and V. A rule, since the table's rows are timed in
+    turns with others, at the clock that all of them leave: docs/design/hopper-log.md has what four take after a pause
+    and alone.
     """
-    dim = max(p.head_dim, p.head_dim_v)
-    if p.is_causal or not 32 < dim <= 64 or p.seqlen_k < _POWER_BOUND or p.seqlen_k % _FOUR.block_n:
+    if p.is_causal or not 16 < max(p.head_dim, p.head_dim_v) <= 64:
         return False
-    heads = p.batch * p.heads_q
-    turns = -(-(-(-p.seqlen_q // _FOUR.block_m) * heads) // target.sms)
-    return p.seqlen_q * heads >= _FILLED * turns * target.sms * _FOUR.block_m
+    items, keys = -(-p.seqlen_q // _FOUR.block_m) * p.batch * p.heads_q, -(-p.seqlen_k // _FOUR.block_n)
+    turns = -(-items // target.sms)
+    fewest = 512 if p.head_dim % 32 or p.head_dim_v % 32 else 1024
+    if p.seqlen_k < (fewest if turns > 1 else 2 * fewest):
+        return False
+    room = turns * target.sms * _FOUR.block_m * keys * _FOUR.block_n
+    return p.batch * p.heads_q * p.seqlen_q * p.seqlen_k >= _FILLED * room
 
 
 def _specialized(problem: Problem, target: Target) -> tuple[Config, ...]:
@@ -504,7 +507,7 @@ def shipped(target: Target) -> Iterator[tuple[Problem, Config]]:
     """
     plain = [_problem(head_dim=dim, seqlen_q=n) for dim in (32, 64, 80, 128, 256) for n in (128, 257, 512)]
     plain += [_problem(torch.bfloat16, head_dim=64, heads_kv=2, seqlen_q=512, is_causal=c) for c in (False, True)]
-    plain += [_problem(head_dim=64, seqlen_q=_POWER_BOUND, return_lse=lse) for lse in (False, True)]
+    plain += [_problem(head_dim=64, seqlen_q=2048, return_lse=lse) for lse in (False, True)]
     yield from dict.fromkeys((problem, select(problem, target)) for problem in plain)
     known: dict[int, Container[Config]] = {}
     for dim in (*_HEAD_DIMS, 40, 104):  # these for what only rows that end in half a sector have

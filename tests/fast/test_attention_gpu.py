@@ -61,7 +61,8 @@ def test_right_twice(shape, dtype, is_causal):
 
 @pytest.mark.parametrize(
     ("heads_q", "heads_kv", "rows", "keys", "dim"),  # that fill an H100 with blocks of 256 rows
-    [(66, 22, 500, 2176, 64), (33, 33, 512, 2048, 64), (33, 11, 512, 2304, 40), (33, 33, 512, 2048, 48)],
+    [(66, 22, 500, 2176, 64), (33, 33, 512, 2048, 64), (33, 11, 512, 2304, 40), (33, 33, 512, 2048, 48),
+     (66, 22, 500, 1000, 24), (66, 66, 512, 512, 56)],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_many_keys_right_and_equal_twice(heads_q, heads_kv, rows, keys, dim, dtype):

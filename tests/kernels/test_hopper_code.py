@@ -108,7 +108,7 @@ def test_is_on_the_allow_list(asked: Problem, config: Config) -> None:
 @VARIANTS
 def test_products(asked: Problem, config: Config) -> None:
     text = sass(asked, config)
-    d, dv = hopper.block_of(asked.head_dim), hopper.block_of(asked.head_dim_v)
+    d, dv = sum(hopper.columns(asked.head_dim, 32)), hopper.block_of(asked.head_dim_v)
     bf16 = ".BF16" if asked.dtype == torch.bfloat16 else ""
     products = [text[i] for i in places(text, r"\w*MMA[.\w]*")]
     keys = [width for width in (config.block_n, tail_tile(asked, config.block_n)) if width]  # of a tile, in each part
@@ -149,6 +149,8 @@ def test_columns_are_multiplied_in_two_parts() -> None:
     config = Config("hopper", 128, 64, 8, 1, "", 128)
     assert shapes(problem(head_dim=72), config) == {"64x64x16": 5, "64x64x16 R": 4, "64x16x16 R": 4}
     assert shapes(problem(head_dim=96), config) == {"64x64x16": 6, "64x64x16 R": 4, "64x32x16 R": 4}
+    for head_dim, of_k in ((40, 3), (48, 3), (56, 4)):
+        assert shapes(problem(head_dim=head_dim), config) == {"64x64x16": of_k, "64x64x16 R": 4}
 
 
 @VARIANTS
@@ -326,7 +328,7 @@ def test_products_are_in_more_slices_where_tiles_are_few() -> None:
 def test_softmax_lies_between_the_products(asked: Problem, config: Config) -> None:
     text = sass(asked, config)
     products = places(text, r"HGMMA[.\w]*")
-    first = hopper.block_of(asked.head_dim) // 16
+    first = sum(hopper.columns(asked.head_dim, 32)) // 16
     last = first + config.block_n // 16 - 1  # of the tile, in front of what narrow tiles have
     begin, end = products[first - 1], products[first]
     waits = places(text, r"WARPGROUP\.DEPBAR[.\w]*")
@@ -406,6 +408,8 @@ SPECIALIZED = pytest.mark.parametrize(
         pytest.param(problem(2048, return_lse=True, heads_kv=2), FOUR, id="four-gqa-lse"),
         pytest.param(problem(2048, 48, head_dim_v=40, dtype=torch.bfloat16), FOUR, id="four-48-40-bf16"),
         pytest.param(problem(4096, 40), FOUR, id="four-40"),
+        pytest.param(problem(2000, 24, return_lse=True), FOUR, id="four-24-tail-lse"),
+        pytest.param(problem(1500), FOUR, id="four-tail"),
     ],
 )
 
@@ -418,12 +422,12 @@ def test_warpgroups_are_on_the_allow_list(asked: Problem, config: Config) -> Non
 @pytest.mark.parametrize(
     "asked",
     [
-        problem(2048, 64, is_causal=True), problem(1920, 64), problem(2000, 48), problem(2048, 32),
+        problem(2048, 64, is_causal=True), problem(1920, 64), problem(1100, 48), problem(2048, 16),
         problem(2048, 64, batch=5), problem(128, 128), problem(128, 96),
         problem(2048, 128, window=(5, 5)), problem(2048, 128, softcap=5.0),
         problem(2048, 128, seqlen_k=1024, is_causal=True),
     ],
-    ids=["causal-dim-64", "short-dim-64", "uneven-dim-48", "dim-32", "blocks-with-little-to-do", "one-tile",
+    ids=["causal-dim-64", "short-dim-64", "uneven-dim-48", "dim-16", "blocks-with-little-to-do", "one-tile",
          "one-tile-dim-96", "window", "softcap", "rows-without-keys"],
 )
 def test_warpgroups_are_not_for(asked: Problem) -> None:
@@ -434,7 +438,8 @@ def test_how_many_warpgroups() -> None:
     for change, expected in (
         ({"return_lse": True}, [THREE, TWO]), ({"seqlen": 2000}, [THREE, TWO]), ({"is_causal": True}, [THREE, TWO]),
         ({"is_causal": True, "head_dim": 96}, [THREE]), ({"head_dim": 40, "is_causal": True}, [THREE]),
-        ({"head_dim": 24}, [THREE]), ({"head_dim": 40}, [FOUR, THREE]), ({"head_dim": 40, "seqlen": 2000}, [THREE]),
+        ({"head_dim": 24}, [FOUR, THREE]), ({"head_dim": 40, "seqlen": 2000}, [FOUR, THREE]),
+        ({"head_dim": 40, "seqlen": 1100}, [THREE]), ({"head_dim": 32, "seqlen": 1024}, [FOUR]),
         ({"head_dim": 64}, [FOUR]), ({"head_dim": 64, "seqlen": 16_384}, [FOUR]),
         ({"head_dim": 48, "head_dim_v": 64}, [FOUR]),
     ):  # fmt: skip
@@ -487,10 +492,13 @@ def test_what_three_spill_is_stored_once_and_loaded_outside_of_loops_over_keys(r
     assert all(i < loops[0][0] for i in places(text, r"STL[.\w]*"))
 
 
-@pytest.mark.parametrize(("head_dim", "return_lse"), [(64, False), (64, True), (48, False)])
-def test_what_four_spill_is_no_tile_s_but_one_s_that_is_loaded(head_dim: int, return_lse: bool) -> None:
-    text = sass(problem(2048, head_dim, return_lse=return_lse), FOUR)
-    assert len(places(text, r"HGMMA[.\w]*")) == 4 * 12
+@pytest.mark.parametrize(
+    ("seqlen", "head_dim", "return_lse"),
+    [(2048, 64, False), (2048, 64, True), (2000, 64, True), (2048, 48, False), (2048, 32, True)],
+)
+def test_what_four_spill_is_no_tile_s_but_one_s_that_is_loaded(seqlen: int, head_dim: int, return_lse: bool) -> None:
+    text = sass(problem(seqlen, head_dim, return_lse=return_lse), FOUR)
+    assert len(places(text, r"HGMMA[.\w]*")) == 4 * (8 + sum(hopper.columns(head_dim, 32)) // 16)
     loads, spills = places(text, r"UTMALDG[.\w]*"), places(text, r"(LDL|STL)[.\w]*")
     for first, last in loops_over_keys(text, 4):
         around = [(i, to) for i, to in branches(text) if first <= i < to <= last and any(i < j < to for j in loads)]
@@ -502,7 +510,7 @@ def test_what_four_spill_is_no_tile_s_but_one_s_that_is_loaded(head_dim: int, re
 
 @SPECIALIZED
 def test_products_of_warpgroups(asked: Problem, config: Config) -> None:
-    d, parts = sum(hopper.columns(asked.head_dim)), filter(None, hopper.columns(asked.head_dim_v))
+    d, parts = sum(hopper.columns(asked.head_dim, 32)), filter(None, hopper.columns(asked.head_dim_v, 64))
     times = config.num_warps // 4 * (2 if config is TWO else 1)  # the first tile's QK and the last one's PV apart
     values = {f"64x{dv}x16 R": times * config.block_n // 16 for dv in parts}
     assert shapes(asked, config) == {"64x128x16": times * d // 16, **values}

@@ -4,8 +4,8 @@ Small blocks read K and V each for itself. From the L2 that takes power, which b
 its limit it lowers its clock. Above D=64, where few warpgroups fill an SM, it takes time, too, and more of it where
 rows lie across the L2's lines (D=72 to 96) or end in half a sector (odd multiples of 8). Here a block fills an SM, with
 
-* four warpgroups at D=40 to 64, each QK, softmax, PV in turn, of which each loads every fourth tile for all: a warp
-  that does nothing else would have its registers from them, who need 128 a thread, all that there are for 16 warps;
+* four warpgroups up to D=64, each QK, softmax, PV in turn, of which each loads every fourth tile for all: a warp that
+  does nothing else would have its registers from them, who need 128 a thread, all that there are for 16 warps;
 * three, above, in turn, too, beside a warp that loads: of three some other one always has products under way;
 * two, where three would have too few items: each issues the next tile's QK and this tile's PV together, under whose
   products its softmax runs (FlashAttention-3, Shah et al. 2024).
@@ -68,10 +68,11 @@ class Ring:
         return turn % self.STAGES, (turn // self.STAGES) & 1
 
     @gluon.jit
-    def after(self, place):
-        """The next turn's, without a division."""
-        last = place[0] == self.STAGES - 1
-        return gl.where(last, 0, place[0] + 1), gl.where(last, place[1] ^ 1, place[1])
+    def after(self, place, turns: gl.constexpr = 1):
+        """The place so many turns later, at most STAGES, without a division."""
+        slot = place[0] + turns
+        wraps = slot >= self.STAGES
+        return gl.where(wraps, slot - self.STAGES, slot), gl.where(wraps, place[1] ^ 1, place[1])
 
     @gluon.jit
     def fill(self, turn, desc, batch, head, row):
@@ -81,13 +82,13 @@ class Ring:
         tma_load(desc, [batch, head, row, 0], self.full.index(slot), self.box.index(slot))
 
     @gluon.jit
-    def fill_both(self, values, turn, k_desc, v_desc, batch, head, row, pred):
+    def fill_both(self, values, place, k_desc, v_desc, batch, head, row):
         """This ring's buffer and that of `values`, which has the same barriers."""
-        slot, _ = self.place(turn)
-        self.wait_free(turn - self.STAGES, pred & (turn >= self.STAGES))
-        mbarrier.expect(self.full.index(slot), self.BYTES + values.BYTES, pred=pred)
-        tma_load(k_desc, [batch, head, row, 0], self.full.index(slot), self.box.index(slot), pred=pred)
-        tma_load(v_desc, [batch, head, row, 0], self.full.index(slot), values.box.index(slot), pred=pred)
+        full = self.full.index(place[0])
+        mbarrier.wait(self.empty.index(place[0]), place[1] ^ 1)  # at once where nothing was filled before
+        mbarrier.expect(full, self.BYTES + values.BYTES)
+        tma_load(k_desc, [batch, head, row, 0], full, self.box.index(place[0]))
+        tma_load(v_desc, [batch, head, row, 0], full, values.box.index(place[0]))
 
     @gluon.jit
     def wait(self, place, pred=True):
@@ -215,13 +216,31 @@ def _fetch_q(q_desc, q_box, q_full, turn, work, WHICH: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(k_desc, v_desc, keys, values, load, tiles, work):
-    """K and V of tile `load`, counted over the block's items of `tiles` each, if there is one."""
-    turn = load // tiles
-    _, head, batch = work.item(turn)
-    exists = work.index(turn) < work.items
-    row = (load - turn * tiles) * work.BLOCK_N
-    keys.fill_both(values, load, k_desc, v_desc, batch, head // work.GROUP, row, exists)
+def _first(work, WHICH: gl.constexpr):
+    """A warpgroup's cursor at the first tile that it loads: its number, counted over the block's items, the item's
+    turn, its first key, the key head and the batch.
+    """
+    _, head, batch = work.item(0)
+    return gl.to_tensor(WHICH), gl.to_tensor(0), gl.to_tensor(WHICH * work.BLOCK_N), head // work.GROUP, batch
+
+
+@gluon.jit
+def _fetch(k_desc, v_desc, keys, values, place, cursor, work, GROUPS: gl.constexpr):
+    """Fills the buffers at `place` with the tile at the cursor, whose next place it returns: behind the last item tile
+    -1, which never comes. All items have the same number of tiles, at least GROUPS.
+    """
+    load, turn, row, head, batch = cursor
+    keys.fill_both(values, place, k_desc, v_desc, batch, head, row)
+    load += GROUPS
+    row += GROUPS * work.BLOCK_N
+    end = work.keys(0) * work.BLOCK_N
+    if row >= end:
+        row -= end
+        turn += 1
+        _, head, batch = work.item(turn)
+        head = head // work.GROUP
+        load = gl.where(work.index(turn) < work.items, load, -1)
+    return load, turn, row, head, batch
 
 
 @gluon.constexpr_function
@@ -301,8 +320,8 @@ def _softmax(s, m, l, qk_scale, FIRST: gl.constexpr):
 
 @gluon.jit
 def _in_turn(
-    q_tile, k_desc, v_desc, keys, values, loads, place, tiles, row, acc, m, l, qk_scale, work, dtype: gl.constexpr,
-    EVEN_N: gl.constexpr, NEGATE: gl.constexpr, GROUPS: gl.constexpr, WHICH: gl.constexpr,
+    q_tile, k_desc, v_desc, keys, values, loads, place, cursor, tiles, row, acc, m, l, qk_scale, work,
+    dtype: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
     """PV takes a tile's keys in four slices, each under the softmax of the next one."""
     TOGETHER: gl.constexpr = GROUPS == 4  # K and V of a tile, which the warpgroups load
@@ -314,8 +333,8 @@ def _in_turn(
         keys.wait(place)
         scores = _scores(q_tile, keys, place)
         if TOGETHER:
-            if (loads + AHEAD) % GROUPS == WHICH:
-                _fetch(k_desc, v_desc, keys, values, loads + AHEAD, tiles, work)
+            if loads + AHEAD == cursor[0]:
+                cursor = _fetch(k_desc, v_desc, keys, values, keys.after(place, AHEAD), cursor, work, GROUPS)
         s = warpgroup_mma_wait(0, deps=(scores,))
         if not TOGETHER:
             keys.free(place)
@@ -341,7 +360,7 @@ def _in_turn(
         loads += 1
         if TOGETHER:
             place = keys.after(place)
-    return acc, m, l, place
+    return acc, m, l, place, cursor
 
 
 @gluon.jit
@@ -395,11 +414,11 @@ def _consume(given, WHICH: gl.constexpr):
     loads = 0
     place = keys.place(loads)
     turn = 0
+    cursor = _first(work, WHICH)
     if GROUPS == 4:
         _fetch_q(q_desc, q_box, q_full, 0, work, WHICH)
-        for i in gl.static_range(AHEAD):
-            if i == WHICH:
-                _fetch(k_desc, v_desc, keys, values, i, work.keys(0), work)
+        if WHICH < AHEAD:
+            cursor = _fetch(k_desc, v_desc, keys, values, keys.place(WHICH), cursor, work, GROUPS)
     while work.index(turn) < work.items:
         row_tile, head, batch = work.item(turn)
         row = (row_tile * GROUPS + WHICH) * ROWS
@@ -415,9 +434,9 @@ def _consume(given, WHICH: gl.constexpr):
                 q_tile, keys, values, loads, tiles, row, acc, m, l, qk_scale, work, dtype, EVEN_N, NEGATE
             )
         else:
-            acc, m, l, place = _in_turn(
-                q_tile, k_desc, v_desc, keys, values, loads, place, tiles, row, acc, m, l, qk_scale, work, dtype,
-                EVEN_N, NEGATE, GROUPS, WHICH,
+            acc, m, l, place, cursor = _in_turn(
+                q_tile, k_desc, v_desc, keys, values, loads, place, cursor, tiles, row, acc, m, l, qk_scale, work,
+                dtype, EVEN_N, NEGATE, GROUPS,
             )  # fmt: skip
         loads += tiles
         if GROUPS == 4:
