@@ -263,7 +263,7 @@ def _hopper_lengths(p: Problem, tiles: tuple[_Tile, ...]) -> tuple[Config, ...]:
 
 
 _FOUR = Config("hopper", 256, 128, 16, 5, "specialized", 128)
-_FILLED = 0.92  # of the rows and keys that the blocks of four warpgroups have in all their turns; they save 8% and more
+_FILLED = 0.92  # of the rows and keys that the blocks of four warpgroups have room for in all their turns
 
 
 def _four(p: Problem, target: Target) -> bool:

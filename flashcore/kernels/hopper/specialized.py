@@ -1,12 +1,12 @@
 """Attention forward on sm_90 for long sequences: warpgroups that share K and V, 64 query rows each.
 
 Small blocks read K and V each for itself. From the L2 that takes power, which beside many keys a GPU is short of: at
-its limit it lowers its clock. Above D=64, where few warpgroups fill an SM, it takes time, too, and more of it where
-rows lie across the L2's lines (D=72 to 96) or end in half a sector (odd multiples of 8). Here a block fills an SM, with
+its limit it lowers its clock. It takes time, too, above D=64, where few warpgroups fill an SM, and more of it where
+rows lie across the L2's lines (D=48, 72 to 96) or end in half a sector (odd multiples of 8). Here a block fills an SM:
 
 * four warpgroups up to D=64, each QK, softmax, PV in turn, of which each loads every fourth tile for all: a warp that
   does nothing else would have its registers from them, who need 128 a thread, all that there are for 16 warps;
-* three, above, in turn, too, beside a warp that loads: of three some other one always has products under way;
+* three, where four do not serve, in turn, too, beside a warp that loads: some other one always has products under way;
 * two, where three would have too few items: each issues the next tile's QK and this tile's PV together, under whose
   products its softmax runs (FlashAttention-3, Shah et al. 2024).
 
