@@ -323,7 +323,9 @@ def smem(problem: Problem, config: Config) -> int:
         mask = config.block_n * (config.block_m if problem.mask.strides[2] else 1) * problem.mask.dtype.itemsize
         if problem.mask.dtype != torch.bool:
             mask += 2 * 8 * config.block_n  # ones, for the sum of the weights
-    return 2 * (rows + keys) + mask + (_BARRIERS_OF_WARPGROUPS if config.schedule == SPECIALIZED else _BARRIERS)
+    if config.schedule == SPECIALIZED:
+        return 2 * (rows + keys + 8 * config.block_n) + _BARRIERS_OF_WARPGROUPS  # ones, for the sum of the weights
+    return 2 * (rows + keys) + mask + _BARRIERS
 
 
 def blocks_per_sm(problem: Problem, config: Config, target: Target) -> int:

@@ -273,11 +273,13 @@ def _four(p: Problem, target: Target) -> bool:
     turns with others, at the clock that all of them leave: docs/design/hopper-log.md has what four take after a pause
     and alone.
     """
-    if p.is_causal or not 16 < max(p.head_dim, p.head_dim_v) <= 64:
+    dim = max(p.head_dim, p.head_dim_v)
+    if p.is_causal or not 16 < dim <= 64:
         return False
     items, keys = -(-p.seqlen_q // _FOUR.block_m) * p.batch * p.heads_q, -(-p.seqlen_k // _FOUR.block_n)
     turns = -(-items // target.sms)
-    fewest = 512 if p.head_dim % 32 or p.head_dim_v % 32 else 1024
+    lines = p.head_dim % 32 == 0 and p.head_dim_v % 32 == 0  # rows are whole lines of the L2, or halves
+    fewest = 1024 if lines and (dim <= 32 or turns < 4) else 512
     if p.seqlen_k < (fewest if turns > 1 else 2 * fewest):
         return False
     room = turns * target.sms * _FOUR.block_m * keys * _FOUR.block_n

@@ -80,6 +80,7 @@ TRIALS = {
     "columns": Trial(Shape(2, 4, 230, 88, heads_kv=2, seqlen_k=300)),
     "shared": Trial(Shape(2, 4, 400, 128, heads_kv=2, seqlen_k=512), config=THREE),
     "shared by four": Trial(Shape(10, 16, 400, 64, heads_kv=4, seqlen_k=600), config=FOUR),
+    "shared, ones": Trial(Shape(10, 16, 400, 64, heads_kv=4, seqlen_k=600), lse=False, config=FOUR),
     "shared, columns": Trial(Shape(2, 4, 400, 88, heads_kv=2, seqlen_k=500), config=THREE),
     "shared, many": Trial(Shape(10, 16, 400, 128, heads_kv=4, seqlen_k=256), config=THREE),
     "shared, negative": Trial(Shape(1, 2, 200, 128, seqlen_k=300), options={"scale": -0.1}, config=TWO),

@@ -451,7 +451,7 @@ def may_spill(asked: Problem, config: Config) -> int:
     """Bytes: of three what a thread's place in the mask is, under Triton 3.6 and 3.7; of four what it needs once an
     item, or once a tile that it loads.
     """
-    return 32 if config is FOUR else 24 if config is THREE and asked.is_causal and asked.head_dim > 96 else 0
+    return 40 if config is FOUR else 24 if config is THREE and asked.is_causal and asked.head_dim > 96 else 0
 
 
 @SPECIALIZED
@@ -498,7 +498,8 @@ def test_what_three_spill_is_stored_once_and_loaded_outside_of_loops_over_keys(r
 )
 def test_what_four_spill_is_no_tile_s_but_one_s_that_is_loaded(seqlen: int, head_dim: int, return_lse: bool) -> None:
     text = sass(problem(seqlen, head_dim, return_lse=return_lse), FOUR)
-    assert len(places(text, r"HGMMA[.\w]*")) == 4 * (8 + sum(hopper.columns(head_dim, 32)) // 16)
+    products = 8 + sum(hopper.columns(head_dim, 32)) // 16 + (0 if return_lse else 8)  # PV, QK, sums of weights
+    assert len(places(text, r"HGMMA[.\w]*")) == 4 * products
     loads, spills = places(text, r"UTMALDG[.\w]*"), places(text, r"(LDL|STL)[.\w]*")
     for first, last in loops_over_keys(text, 4):
         around = [(i, to) for i, to in branches(text) if first <= i < to <= last and any(i < j < to for j in loads)]
@@ -513,6 +514,8 @@ def test_products_of_warpgroups(asked: Problem, config: Config) -> None:
     d, parts = sum(hopper.columns(asked.head_dim, 32)), filter(None, hopper.columns(asked.head_dim_v, 64))
     times = config.num_warps // 4 * (2 if config is TWO else 1)  # the first tile's QK and the last one's PV apart
     values = {f"64x{dv}x16 R": times * config.block_n // 16 for dv in parts}
+    if config is not TWO and not asked.return_lse and max(asked.head_dim, asked.head_dim_v) <= 64:
+        values["64x8x16 R"] = times * config.block_n // 16  # ones, which add up the weights
     assert shapes(asked, config) == {"64x128x16": times * d // 16, **values}
     assert not re.findall(r"C75\d\d", ptxas(code(asked, config).ptx))
 

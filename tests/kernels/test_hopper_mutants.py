@@ -24,7 +24,7 @@ TRIALS = ("plain", "large logits", "many keys", "wide", "negative scale", "causa
           "window", "soft cap", "bias", "fp32 bias", "hidden NaN", "bias, persistent", "mask", "lengths", "few lengths",
           "sorted", "sorted, persistent", "packed", "packed, short", "persistent", "narrow tile",
           "narrow tile, persistent", "columns", "heads in one block", "causal, heads in one block", "shared",
-          "shared by four", "shared, many", "shared, columns", "shared, negative", "shared, causal",
+          "shared by four", "shared, ones", "shared, many", "shared, columns", "shared, negative", "shared, causal",
           "shared, causal, many", "strides")  # fmt: skip
 on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"

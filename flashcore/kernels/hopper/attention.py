@@ -25,7 +25,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .compat import block_barrier, tma_load, tma_store
-from .softmax import LN2, LOG2E, apply_mask, factor, hide, hide_pairs, maximum, mean, parts, times, weights
+from .softmax import (
+    LN2,
+    LOG2E,
+    apply_mask,
+    factor,
+    hide,
+    hide_pairs,
+    maximum,
+    mean,
+    parts,
+    reciprocal,
+    times,
+    weights,
+)
 
 
 @gluon.jit
@@ -117,6 +130,16 @@ def _whose(turns, turn, SEQUENCES: gl.constexpr, WARPS: gl.constexpr):
 def _used(seqused_k, batch, longest, pred=True):
     """Number of keys of a sequence, within the tensor whatever seqused_k holds."""
     return gl.minimum(gl.maximum(gl.load(seqused_k + batch, mask=pred), 0), longest)
+
+
+@gluon.jit
+def held(a, b, size):
+    """Descriptors a and b of one type, for use in a loop. ptxas computes the address of a parameter anew in front of
+    each load, in a dozen instructions; one that might be either's, for all it knows of the size, it keeps in registers.
+    """
+    if size < 0:
+        a, b = b, a
+    return a, b
 
 
 @gluon.jit
@@ -215,6 +238,8 @@ def attention_forward(
     SPREAD: gl.constexpr = SINGLE == (DV <= 32)  # the maxima: as was measured to gain, and fits in the registers
     ONE_ITEM: gl.constexpr = not PERSISTENT and cu_seqlens_q is None and (mask_desc is None or BLOCK_N > 64)
 
+    if BLOCK_D == BLOCK_DV and not (SINGLE or PERSISTENT or CAUSAL):  # there it was seen to gain
+        k_desc, v_desc = held(k_desc, v_desc, longest_k)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -459,7 +484,7 @@ def attention_forward(
                 gdc_launch_dependents()
         total = gl.sum(l, 1)
         divisor = gl.max(weight, 1) if BIAS else total  # each column has the whole sum
-        inverse = 1.0 / divisor
+        inverse = reciprocal(divisor)
         if PERSISTENT:
             tma.store_wait(0)  # the item before this one has left the buffer
         o_tile.slice(0, DV, 1).store(mean(acc, inverse, divisor, EMPTY_ROWS).to(dtype))

@@ -124,6 +124,14 @@ def times(x, row):
 
 
 @gluon.jit
+def reciprocal(x):
+    """1 / x as the MUFU has it, to a unit in the last place, where a division first sees to the subnormals and to what
+    has a subnormal reciprocal: weights add up to 1 at least, or to 0.
+    """
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def mean(acc, inverse, total, EMPTY_ROWS: gl.constexpr):
     """acc / total, and 0 in rows that saw no key."""
     layout: gl.constexpr = acc.type.layout

@@ -24,9 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention import divide, product, qk
+from .attention import divide, held, product, qk
 from .compat import aggregate, tma_load, tma_store
-from .softmax import LN2, factor, hide, maximum, mean, parts, times, weights
+from .softmax import LN2, factor, hide, maximum, mean, parts, reciprocal, times, weights
 
 AHEAD = gl.constexpr(2)  # tiles that warpgroups load ahead of their own; the ring's others are how far one may lag
 
@@ -159,14 +159,17 @@ class Work:
 
     @gluon.jit
     def item(self, turn):
-        """(row tile, head, batch). So many heads together as the launch says, then the next ones, batches outermost; of
-        these the last rows first, which see the most keys where there is a diagonal.
+        """(row tile, head, batch). Causal: so many heads together as the launch says, then the next ones, batches
+        outermost; of these the last rows first, which see the most keys. Else one head after the other.
         """
         index = self.index(turn)
         before = divide(index, self.per_cohort)
-        index -= before * self.cohort
-        level = divide(index, self.per_together)
-        pair = before * self.together + index - level * self.together
+        level = index - before * self.cohort
+        pair = before
+        if self.CAUSAL:
+            place = level
+            level = divide(place, self.per_together)
+            pair = before * self.together + place - level * self.together
         batch = divide(pair, self.per_heads)
         return self.row_tiles - 1 - level, pair - batch * self.heads, batch
 
@@ -205,10 +208,10 @@ def _produce(q_desc, k_desc, v_desc, q_box, q_full, keys, values, work):
 
 
 @gluon.jit
-def _fetch_q(q_desc, q_box, q_full, turn, work, WHICH: gl.constexpr):
+def _fetch_q(q_desc, q_box, q_full, turn, item, work, WHICH: gl.constexpr):
     """A warpgroup's own rows of the block's item at `turn`, if there is one."""
     ROWS: gl.constexpr = q_desc.block_shape[2]
-    row_tile, head, batch = work.item(turn)
+    row_tile, head, batch = item
     exists = work.index(turn) < work.items
     row = (row_tile * q_box.shape[0] + WHICH) * ROWS
     mbarrier.expect(q_full.index(WHICH), ROWS * q_desc.block_shape[3] * 2, pred=exists)
@@ -241,6 +244,14 @@ def _fetch(k_desc, v_desc, keys, values, place, cursor, work, GROUPS: gl.constex
         head = head // work.GROUP
         load = gl.where(work.index(turn) < work.items, load, -1)
     return load, turn, row, head, batch
+
+
+@gluon.constexpr_function
+def _sums(lse, k_box, v_box, groups):
+    """Whether products with ones add up the weights, as these were rounded: at up to 64 columns, where instructions
+    bind and not the tensor cores. An lse is the sum of what was not rounded.
+    """
+    return lse is None and max(k_box.shape[4], v_box.shape[4]) <= 64 and groups > 2
 
 
 @gluon.constexpr_function
@@ -320,12 +331,15 @@ def _softmax(s, m, l, qk_scale, FIRST: gl.constexpr):
 
 @gluon.jit
 def _in_turn(
-    q_tile, k_desc, v_desc, keys, values, loads, place, cursor, tiles, row, acc, m, l, qk_scale, work,
-    dtype: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr, GROUPS: gl.constexpr,
+    q_tile, ones, k_desc, v_desc, keys, values, loads, place, cursor, tiles, row, acc, m, l, qk_scale, work,
+    dtype: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr, SUMS: gl.constexpr, GROUPS: gl.constexpr,
 ):  # fmt: skip
-    """PV takes a tile's keys in four slices, each under the softmax of the next one."""
+    """PV takes a tile's keys in slices, each under the softmax of the next one: two, where a product with ones adds up
+    the weights, or four. Beside so few columns an instruction less counts for more than a slice.
+    """
     TOGETHER: gl.constexpr = GROUPS == 4  # K and V of a tile, which the warpgroups load
-    KEYS: gl.constexpr = work.BLOCK_N // 4
+    SLICES: gl.constexpr = 2 if SUMS else 4
+    KEYS: gl.constexpr = keys.box.shape[3] // SLICES
     L: gl.constexpr = l.type.layout
     for tile in range(tiles):
         if not TOGETHER:
@@ -340,21 +354,27 @@ def _in_turn(
             keys.free(place)
         s = _visible(s, tile, row, work, EVEN_N, NEGATE)
         new_m, base = maximum(s, m, qk_scale, False, False, False, False)
-        s_parts = parts(s, 4)
+        s_parts = parts(s, SLICES)
         operands = ()  # of products under way
-        for nth in gl.static_range(4):
+        for nth in gl.static_range(SLICES):
             p, sums = weights(s_parts[nth], base, qk_scale, L, False)
-            if nth:
-                l += sums
-            else:
+            if nth == 0:
                 alpha = factor(m, base, False)
                 m = new_m
-                l = times(l, alpha) + sums  # noqa: E741
+                l = times(l, alpha) if SUMS else times(l, alpha) + sums  # noqa: E741
                 acc = _rescaled(acc, alpha, values)
                 if not TOGETHER:
                     values.wait(place)
-            acc, read = _plus_values(acc, p.to(dtype), values.tile(place).slice(nth * KEYS, KEYS, 0), values)
+            elif not SUMS:
+                l += sums
+            p = p.to(dtype)
+            acc, read = _plus_values(acc, p, values.tile(place).slice(nth * KEYS, KEYS, 0), values)
             operands = operands + read
+            if SUMS:
+                l, again = product(p, ones.slice(nth * KEYS, KEYS, 0), l, L, False)
+                operands = operands + (again,)
+        if SUMS:
+            l = warpgroup_mma_wait(0, deps=(l,) + operands)[0]  # noqa: E741
         acc = _arrived(acc, operands, values)
         values.free(place)
         loads += 1
@@ -402,25 +422,33 @@ def _overlapped(
 @gluon.jit
 def _consume(given, WHICH: gl.constexpr):
     """One warpgroup: rows WHICH * 64 on of each of the block's items."""
-    q_desc, k_desc, v_desc, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N, NEGATE = given
+    (
+        q_desc, k_desc, v_desc, o_desc, lse, q_box, q_full, o_box, ones_box, keys, values, work, qk_scale, EVEN_N,
+        NEGATE,
+    ) = given  # fmt: skip
     dtype: gl.constexpr = o_desc.dtype
     GROUPS: gl.constexpr = o_box.shape[0]
     ROWS: gl.constexpr = o_box.shape[3]
     S: gl.constexpr = _warpgroup(work.BLOCK_N)
     L: gl.constexpr = _warpgroup(8)
+    SUMS: gl.constexpr = _sums(lse, keys.box, values.box, GROUPS)
+    if GROUPS == 4 and k_desc.block_shape[3] == v_desc.block_shape[3]:
+        k_desc, v_desc = held(k_desc, v_desc, work.seqlen_k)
     q_tile = q_box.index(WHICH).reshape([ROWS, q_box.shape[4]])
     o_tile = o_box.index(WHICH)
     output = o_tile.reshape([ROWS, o_box.shape[4]])
+    ones = ones_box.permute((1, 0))
     loads = 0
     place = keys.place(loads)
     turn = 0
+    item = work.item(0)
     cursor = _first(work, WHICH)
     if GROUPS == 4:
-        _fetch_q(q_desc, q_box, q_full, 0, work, WHICH)
+        _fetch_q(q_desc, q_box, q_full, 0, item, work, WHICH)
         if WHICH < AHEAD:
             cursor = _fetch(k_desc, v_desc, keys, values, keys.place(WHICH), cursor, work, GROUPS)
     while work.index(turn) < work.items:
-        row_tile, head, batch = work.item(turn)
+        row_tile, head, batch = item
         row = (row_tile * GROUPS + WHICH) * ROWS
         tiles = work.keys(row + ROWS)
         acc = (gl.zeros([ROWS, values.COLUMNS], gl.float32, _warpgroup(values.COLUMNS)),)
@@ -435,12 +463,13 @@ def _consume(given, WHICH: gl.constexpr):
             )
         else:
             acc, m, l, place, cursor = _in_turn(
-                q_tile, k_desc, v_desc, keys, values, loads, place, cursor, tiles, row, acc, m, l, qk_scale, work,
-                dtype, EVEN_N, NEGATE, GROUPS,
+                q_tile, ones, k_desc, v_desc, keys, values, loads, place, cursor, tiles, row, acc, m, l, qk_scale,
+                work, dtype, EVEN_N, NEGATE, SUMS, GROUPS,
             )  # fmt: skip
         loads += tiles
+        item = work.item(turn + 1)
         if GROUPS == 4:
-            _fetch_q(q_desc, q_box, q_full, turn + 1, work, WHICH)
+            _fetch_q(q_desc, q_box, q_full, turn + 1, item, work, WHICH)
         for _ in range(tiles, work.keys((row_tile + 1) * GROUPS * ROWS)):  # those that only rows further down see
             place = keys.place(loads)
             keys.wait(place)
@@ -448,9 +477,9 @@ def _consume(given, WHICH: gl.constexpr):
             values.wait(place)
             values.free(place)
             loads += 1
-        total = gl.sum(l, 1)
+        total = gl.max(l, 1) if SUMS else gl.sum(l, 1)  # with SUMS each column has the whole sum
         tma.store_wait(0)  # the item before this one has left the buffer
-        inverse = 1.0 / total
+        inverse = reciprocal(total)
         output.slice(0, values.COLUMNS, 1).store(mean(acc[0], inverse, total, False).to(dtype))
         if values.MORE:
             output.slice(values.COLUMNS, values.MORE, 1).store(mean(acc[1], inverse, total, False).to(dtype))
@@ -505,6 +534,10 @@ def attention_forward_specialized(
         )  # fmt: skip
         values.prepare(GROUPS)
     o_box = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, BLOCK_DV], o_desc.layout)
+    ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, BLOCK_N], dtype)
+    ones_box = gl.allocate_shared_memory(dtype, [8, BLOCK_N], ONES)
+    if _sums(lse, keys.box, v_box, GROUPS):
+        ones_box.store(gl.full([8, BLOCK_N], 1.0, dtype, gl.BlockedLayout([1, 8], [8, 4], [1, 4], [1, 0])))
     for i in gl.static_range(GROUPS):
         mbarrier.init(q_full.index(i), count=1)
     keys.prepare(GROUPS)
@@ -516,7 +549,8 @@ def attention_forward_specialized(
     gdc_wait()  # the set-up above overlaps with whatever ran before in the stream; it has now written its results
     gdc_launch_dependents()  # a next kernel's blocks find no room before ours end
     given = (
-        q_desc, k_desc, v_desc, o_desc, lse, q_box, q_full, o_box, keys, values, work, qk_scale, EVEN_N, NEGATE
+        q_desc, k_desc, v_desc, o_desc, lse, q_box, q_full, o_box, ones_box, keys, values, work, qk_scale, EVEN_N,
+        NEGATE,
     )  # fmt: skip
     produced = (q_desc, k_desc, v_desc, q_box, q_full, keys, values, work)
     if GROUPS == 4:
