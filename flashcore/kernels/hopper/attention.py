@@ -238,7 +238,8 @@ def attention_forward(
     SPREAD: gl.constexpr = SINGLE == (DV <= 32)  # the maxima: as was measured to gain, and fits in the registers
     ONE_ITEM: gl.constexpr = not PERSISTENT and cu_seqlens_q is None and (mask_desc is None or BLOCK_N > 64)
 
-    if BLOCK_D == BLOCK_DV and not (SINGLE or PERSISTENT or CAUSAL):  # there it was seen to gain
+    PLAIN: gl.constexpr = not CAUSAL and not RAGGED and mask_desc is None and cap is None and left is None
+    if PLAIN and not SINGLE and not PERSISTENT and BLOCK_D == BLOCK_DV:  # there it was seen to gain
         k_desc, v_desc = held(k_desc, v_desc, longest_k)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
