@@ -41,7 +41,10 @@ def test_shipped_is_clean_and_every_control_is_caught(quick: list[Audited], arch
     ours = [r for r in quick if (r.variant.target.arch, r.variant.config.kernel) == (arch, kernel)]
     for shipped in (r for r in ours if not r.variant.control):
         assert shipped.ok and shipped.taint, (shipped.variant.name, shipped.error, shipped.taint)
-        assert shipped.taint.branches and shipped.taint.memory and shipped.taint.products and shipped.taint.guarded
+        assert shipped.taint.branches and shipped.taint.memory and shipped.taint.products
+        # The portable kernel divides, the Hopper kernels do not; a logarithm and a soft cap have guards, too.
+        p = shipped.variant.problem
+        assert bool(shipped.taint.guarded) == (kernel == "portable" or p.return_lse or p.softcap > 0)
         specialized = shipped.variant.config.schedule == "specialized"  # its warps read what they are to do
         assert bool(shipped.taint.public_loads) == (shipped.variant.problem.ragged or specialized)
     controls = {r.variant.control: r for r in ours if r.variant.control}
