@@ -214,7 +214,7 @@ _PLANTED = (
     _specialized("a turn's last item for nobody", "self.step - 1 - self.first", "self.step - self.first",
                  "shared, many"),
     _specialized("row tiles by twos", "return self.row_tiles - 1 - level,", "return self.row_tiles - 1 - level // 2,"),
-    _specialized("heads of the first cohort for all", "pair = before * self.together + place", "pair = place"),
+    _specialized("heads of the first cohort for all", "pair = pair * self.together + place", "pair = place"),
     _specialized("batches mixed up", "batch = divide(pair, self.per_heads)",
                  "batch = divide(pair, self.per_heads) * 0"),
     _specialized("diagonal tile without its mask", "visible = gl.minimum(visible, row + shift + 1)",

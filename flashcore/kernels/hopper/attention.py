@@ -134,11 +134,13 @@ def _used(seqused_k, batch, longest, pred=True):
 
 @gluon.jit
 def held(a, b, size):
-    """Descriptors a and b of one type, for use in a loop. ptxas computes the address of a parameter anew in front of
-    each load, in a dozen instructions; one that might be either's, for all it knows of the size, it keeps in registers.
+    """Descriptors a and b, for use in a loop. ptxas computes the address of a parameter anew in front of each load, in
+    a dozen instructions; one that might be either's, for all it knows of the size, it keeps in registers. That takes
+    boxes of one shape: else they are as they were.
     """
-    if size < 0:
-        a, b = b, a
+    if a.block_shape[-1] == b.block_shape[-1]:
+        if size < 0:
+            a, b = b, a
     return a, b
 
 
@@ -239,7 +241,7 @@ def attention_forward(
     ONE_ITEM: gl.constexpr = not PERSISTENT and cu_seqlens_q is None and (mask_desc is None or BLOCK_N > 64)
 
     PLAIN: gl.constexpr = not CAUSAL and not RAGGED and mask_desc is None and cap is None and left is None
-    if PLAIN and not SINGLE and not PERSISTENT and BLOCK_D == BLOCK_DV:  # there it was seen to gain
+    if PLAIN and not SINGLE and not PERSISTENT:  # there it was seen to gain
         k_desc, v_desc = held(k_desc, v_desc, longest_k)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())

@@ -163,13 +163,12 @@ class Work:
         outermost; of these the last rows first, which see the most keys. Else one head after the other.
         """
         index = self.index(turn)
-        before = divide(index, self.per_cohort)
-        level = index - before * self.cohort
-        pair = before
+        pair = divide(index, self.per_cohort)
+        level = index - pair * self.cohort
         if self.CAUSAL:
             place = level
             level = divide(place, self.per_together)
-            pair = before * self.together + place - level * self.together
+            pair = pair * self.together + place - level * self.together
         batch = divide(pair, self.per_heads)
         return self.row_tiles - 1 - level, pair - batch * self.heads, batch
 
@@ -432,7 +431,7 @@ def _consume(given, WHICH: gl.constexpr):
     S: gl.constexpr = _warpgroup(work.BLOCK_N)
     L: gl.constexpr = _warpgroup(8)
     SUMS: gl.constexpr = _sums(lse, keys.box, values.box, GROUPS)
-    if GROUPS == 4 and k_desc.block_shape[3] == v_desc.block_shape[3]:
+    if GROUPS == 4 and SUMS:  # without, what it takes in registers is spilled
         k_desc, v_desc = held(k_desc, v_desc, work.seqlen_k)
     q_tile = q_box.index(WHICH).reshape([ROWS, q_box.shape[4]])
     o_tile = o_box.index(WHICH)
