@@ -215,7 +215,8 @@ def _at_once(p: Problem, heads: int, items: int, target: Target) -> int:
 
 def _together(p: Problem, config: Config, blocks: int) -> int:
     """Of how many heads, of all batches, the items of warpgroups come together, causal: as deals all blocks the most
-    even shares of keys. With few keys it should fit into the L2, too, or costs up to 2%, as was measured.
+    even shares of keys. Beside few keys these should fit into the L2, too, or cost up to 2%, as was measured; beside
+    four warpgroups up to 5%.
     """
     keys = p.seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize  # bytes of a head
     row_tiles = -(-p.seqlen_q // config.block_m)
@@ -223,7 +224,10 @@ def _together(p: Problem, config: Config, blocks: int) -> int:
 
     def cost(d: int) -> tuple[float, int]:
         passes = p.seqlen_k < 4096 and d * keys > 2 * _KEPT  # through the L2, without staying
-        return _busiest(p, config, blocks, d * p.group) + passes * 0.02 * min(1.0, d / blocks), -d
+        lost = 0.02 * passes * min(1.0, d / blocks)
+        if config.num_warps == 16:
+            lost = 0.05 * min(1.0, d * keys / (4 * _KEPT))
+        return _busiest(p, config, blocks, d * p.group) + lost, -d
 
     divisors = _divisors_of(p.batch * p.heads_kv)
     exact = [d for d in divisors if d * p.group * row_tiles * (items + 2**12) < 2**32]  # for the kernel's `divide`

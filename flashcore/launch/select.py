@@ -3,7 +3,7 @@
 The allow-list below holds every configuration that FlashCore ever runs. Each was compiled for its architecture with no
 register spilled for plain problems, but for 8 and 16 bytes of two Hopper tiles between head dimensions 64 and 96,
 causal under Triton 3.6, and causal with lse under 3.9, 8 of one at 104 and 120 under 3.9, 8 of one pass that hides
-keys at 64 under 3.6 and 3.7, up to 24 of three warpgroups above 96, causal under 3.6 and 3.7, and up to 40 of four,
+keys at 64 under 3.6 and 3.7, up to 24 of three warpgroups above 96, causal under 3.6 and 3.7, and up to 32 of four,
 stored once and loaded between loops or where a warpgroup loads for all, with lse under 3.9 8 of them in each tile; in
 the portable kernel rows that are not 16-byte aligned spill some, and on sm_80 and sm_89 packed sequences with a soft
 cap and lse. A tuning table and the caller's block sizes only point into the list.
@@ -269,17 +269,19 @@ _FILLED = 0.92  # of the rows and keys that the blocks of four warpgroups have r
 def _four(p: Problem, target: Target) -> bool:
     """Whether blocks of four warpgroups that share K and V are ahead, at head dimensions of 24 to 64: beside so many
     keys that what they save outweighs the begins and ends of items, which nothing hides in a block's only turn. They
-    save power and, where rows lie across the L2's lines, waits for K and V. A rule, since the table's rows are timed in
-    turns with others, at the clock that all of them leave: docs/design/hopper-log.md has what four take after a pause
-    and alone.
+    save power and, where rows lie across the L2's lines, waits for K and V. Causal, beside more keys: small blocks
+    compute less of what is hidden. A rule, since the table's rows are timed in turns with others, at the clock that all
+    of them leave: docs/design/hopper-log.md has what four take after a pause and alone.
     """
     dim = max(p.head_dim, p.head_dim_v)
-    if p.is_causal or not 16 < dim <= 64:
+    if not 16 < dim <= 64:
         return False
     items, keys = -(-p.seqlen_q // _FOUR.block_m) * p.batch * p.heads_q, -(-p.seqlen_k // _FOUR.block_n)
     turns = -(-items // target.sms)
     lines = p.head_dim % 32 == 0 and p.head_dim_v % 32 == 0  # rows are whole lines of the L2, or halves
     fewest = 1024 if lines and (dim <= 32 or turns < 4) else 512  # a first turn waits for what all SMs ask for
+    if p.is_causal:
+        fewest = 1024 if _half_sectors(p) else 8192
     if p.seqlen_k < (fewest if turns > 1 else 2 * fewest):
         return False
     room = turns * target.sms * _FOUR.block_m * keys * _FOUR.block_n

@@ -1,9 +1,10 @@
 """Runs mutants of the Hopper kernel, or compiles them, in a process of its own: test_hopper_mutants.py starts it.
 
-    python tests/kernels/hopper_mutants.py [--compile] [--trials] NAME ...
+    python tests/kernels/hopper_mutants.py [--compile] [--trials] [--in TRIAL] NAME ...
 
 prints a JSON object a line: {"at": name} before a mutant, {"name", "verdict"} after it; the verdict is what the gates
-say, "" where they pass. --trials: the names are of trials, which the shipped kernel runs.
+say, "" where they pass. --trials: the names are of trials, which the shipped kernel runs. --in: another trial than the
+mutant's own.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from flashcore.launch.arguments import Options, packed_problem_of, problem_of
 from flashcore.launch.binding import Binding
 from flashcore.testing import Guarded, Shape, check, lay_out, make
 from flashcore.testing.mutants import Mutant, plant
-from flashcore.testing.mutants_hopper import KERNEL, MUTANTS, SOFTMAX, SPECIALIZED, HopperMutant
+from flashcore.testing.mutants_hopper import BINDING, KERNEL, MUTANTS, SOFTMAX, SPECIALIZED, HopperMutant
 
 FLAT = Config("hopper", 64, 64, 4, 1, "", 168)
 STAYS = replace(FLAT, schedule="persistent")
@@ -80,14 +82,17 @@ TRIALS = {
     "columns": Trial(Shape(2, 4, 230, 88, heads_kv=2, seqlen_k=300)),
     "shared": Trial(Shape(2, 4, 400, 128, heads_kv=2, seqlen_k=512), config=THREE),
     "shared by four": Trial(Shape(10, 16, 400, 64, heads_kv=4, seqlen_k=600), config=FOUR),
+    "shared by four, causal": Trial(
+        Shape(12, 16, 700, 64, heads_kv=4, seqlen_k=700), options={"is_causal": True}, config=FOUR
+    ),
     "shared, ones": Trial(Shape(10, 16, 400, 64, heads_kv=4, seqlen_k=600), lse=False, config=FOUR),
     "shared, columns": Trial(Shape(2, 4, 400, 88, heads_kv=2, seqlen_k=500), config=THREE),
     "shared, many": Trial(Shape(10, 16, 400, 128, heads_kv=4, seqlen_k=256), config=THREE),
     "shared, negative": Trial(Shape(1, 2, 200, 128, seqlen_k=300), options={"scale": -0.1}, config=TWO),
     "shared, causal": Trial(Shape(2, 4, 500, 128, heads_kv=2, seqlen_k=700), options={"is_causal": True}, config=TWO),
     "shared, causal, many": Trial(
-        Shape(10, 16, 400, 128, heads_kv=4, seqlen_k=500), options={"is_causal": True}, config=THREE
-    ),
+        Shape(12, 16, 400, 128, heads_kv=4, seqlen_k=500), options={"is_causal": True}, config=THREE
+    ),  # 96 of 192 heads come together
     "strides": Trial(layouts=("contiguous", "bshd", "contiguous"), out="bshd"),
 }
 
@@ -178,23 +183,38 @@ def run(mutant: HopperMutant | None, name: str) -> str:
 
 
 def compiles(mutant: HopperMutant | None, name: str) -> str:
-    """Why a mutant does not compile for sm_90, "" where it does."""
+    """Why a mutant does not compile for sm_90, or that its trial does not reach the fault; "" where all is well."""
     try:
-        compiled.compile_for(bound(mutant, Prepared(TRIALS[name], "cpu"), H100), 90)
+        code = compiled.compile_for(bound(mutant, Prepared(TRIALS[name], "cpu"), H100), 90).ptx
     except RuntimeError as error:
         return str(error)[-500:] or "no message"
+    if mutant is not None and mutant.file != BINDING and instructions(code) == shipped(name):
+        return f"the same code as the shipped kernel's in trial {name!r}"
     return ""
+
+
+@cache
+def shipped(name: str) -> list[str]:
+    """The instructions of the shipped kernel in a trial."""
+    return instructions(compiled.compile_for(bound(None, Prepared(TRIALS[name], "cpu"), H100), 90).ptx)
+
+
+def instructions(ptx: str) -> list[str]:
+    """Without what says where in a source file they come from."""
+    code = (line.split("//")[0].strip() for line in ptx.partition(".section")[0].splitlines())
+    return [line for line in code if line and not line.startswith((".loc", ".file", "$L__"))]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--trials", action="store_true")
+    parser.add_argument("--in", dest="trial")
     parser.add_argument("names", nargs="+")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     for name in asked.names:
         print(json.dumps({"at": name}), flush=True)
         mutant = None if asked.trials else MUTANTS[name]
-        trial = name if mutant is None else mutant.trial
+        trial = asked.trial or (name if mutant is None else mutant.trial)
         print(json.dumps({"name": name, "verdict": (compiles if asked.compile else run)(mutant, trial)}), flush=True)

@@ -412,6 +412,10 @@ SPECIALIZED = pytest.mark.parametrize(
         pytest.param(problem(4096, 40), FOUR, id="four-40"),
         pytest.param(problem(2000, 24, return_lse=True), FOUR, id="four-24-tail-lse"),
         pytest.param(problem(1500), FOUR, id="four-tail"),
+        pytest.param(problem(8192, is_causal=True), FOUR, id="four-causal"),
+        pytest.param(problem(8192, is_causal=True, return_lse=True, heads_kv=2), FOUR, id="four-causal-gqa-lse"),
+        pytest.param(problem(2000, 40, is_causal=True), FOUR, id="four-40-causal-tail"),
+        pytest.param(problem(2000, 56, is_causal=True, return_lse=True), FOUR, id="four-56-causal-tail-lse"),
     ],
 )
 
@@ -439,7 +443,7 @@ def test_warpgroups_are_not_for(asked: Problem) -> None:
 def test_how_many_warpgroups() -> None:
     for change, expected in (
         ({"return_lse": True}, [THREE, TWO]), ({"seqlen": 2000}, [THREE, TWO]), ({"is_causal": True}, [THREE, TWO]),
-        ({"is_causal": True, "head_dim": 96}, [THREE]), ({"head_dim": 40, "is_causal": True}, [THREE]),
+        ({"is_causal": True, "head_dim": 96}, [THREE]), ({"head_dim": 40, "is_causal": True}, [FOUR, THREE]),
         ({"head_dim": 24}, [FOUR, THREE]), ({"head_dim": 40, "seqlen": 2000}, [FOUR, THREE]),
         ({"head_dim": 40, "seqlen": 1100}, [THREE]), ({"head_dim": 32, "seqlen": 1024}, [FOUR]),
         ({"head_dim": 64}, [FOUR]), ({"head_dim": 64, "seqlen": 16_384}, [FOUR]),
@@ -454,7 +458,7 @@ def may_spill(asked: Problem, config: Config) -> int:
     item, or once a tile that it loads.
     """
     if config == FOUR:
-        return 32 if asked.return_lse else 40
+        return 32
     return 24 if config == THREE and asked.is_causal and asked.head_dim > 96 else 0
 
 
@@ -497,11 +501,16 @@ def test_what_three_spill_is_stored_once_and_loaded_outside_of_loops_over_keys(r
 
 
 @pytest.mark.parametrize(
-    ("seqlen", "head_dim", "return_lse"),
-    [(2048, 64, False), (2000, 64, False), (2048, 64, True), (2000, 64, True), (2048, 48, False), (2048, 32, True)],
-)
-def test_what_four_spill_is_no_tile_s_but_one_s_that_is_loaded(seqlen: int, head_dim: int, return_lse: bool) -> None:
-    text = sass(problem(seqlen, head_dim, return_lse=return_lse), FOUR)
+    ("seqlen", "head_dim", "change"),
+    [(2048, 64, {}), (2000, 64, {}), (2048, 64, {"return_lse": True}), (2000, 64, {"return_lse": True}), (2048, 48, {}),
+     (2048, 32, {"return_lse": True}), (8192, 64, {"is_causal": True}), (8000, 64, {"is_causal": True}),
+     (8192, 64, {"is_causal": True, "return_lse": True}), (2000, 40, {"is_causal": True})],
+)  # fmt: skip
+def test_what_four_spill_is_no_tile_s_but_one_s_that_is_loaded(
+    seqlen: int, head_dim: int, change: dict[str, bool]
+) -> None:
+    return_lse = change.get("return_lse", False)
+    text = sass(problem(seqlen, head_dim, **change), FOUR)
     products = 8 + sum(hopper.columns(head_dim, 32)) // 16 + (0 if return_lse else 8)  # PV, QK, sums of weights
     assert len(places(text, r"HGMMA[.\w]*")) == 4 * products
     loads, spills = places(text, r"UTMALDG[.\w]*"), places(text, r"(LDL|STL)[.\w]*")
@@ -532,7 +541,9 @@ def test_one_warp_loads_for_all_or_each_in_turn(asked: Problem, config: Config) 
     boxes_v = 2 if hopper.block_of(asked.head_dim_v) > 64 else 1
     loads, stores = places(text, r"UTMALDG[.\w]*"), places(text, r"UTMASTG[.\w]*")
     if config is FOUR:
-        assert len(loads) == 4 * groups + 4, "the first item's q and every next one's, a tile, and two ahead of all"
+        assert len(loads) == 4 * groups + 4 + 6 * asked.is_causal, (
+            "the first item's q and every next one's, a tile, two ahead of all, and what later rows alone see"
+        )
     else:
         assert len(loads) == (groups + 2) * boxes + 2 * boxes_v, "the first keys apart, around q"
     assert len(stores) == groups

@@ -128,12 +128,13 @@ class Work:
     seqlen_k: gl.tensor
     GROUP: gl.constexpr
     CAUSAL: gl.constexpr
+    BLOCK_M: gl.constexpr
     BLOCK_N: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(
         self, first, step, items, row_tiles, heads, per_heads, together, per_together, cohort, per_cohort, seqlen_q,
-        seqlen_k, GROUP, CAUSAL, BLOCK_N,
+        seqlen_k, GROUP, CAUSAL, BLOCK_M, BLOCK_N,
     ):  # fmt: skip
         self.first = first
         self.step = step
@@ -149,6 +150,7 @@ class Work:
         self.seqlen_k = seqlen_k
         self.GROUP = gl.constexpr(GROUP)
         self.CAUSAL = gl.constexpr(CAUSAL)
+        self.BLOCK_M = gl.constexpr(BLOCK_M)
         self.BLOCK_N = gl.constexpr(BLOCK_N)
 
     @gluon.jit
@@ -180,18 +182,22 @@ class Work:
             seen = gl.minimum(seen, end + self.seqlen_k - self.seqlen_q)
         return gl.maximum((seen + self.BLOCK_N - 1) // self.BLOCK_N, 1)
 
+    @gluon.jit
+    def end(self, row_tile):
+        """Behind the last tile of keys that an item's rows see."""
+        return self.keys((row_tile + 1) * self.BLOCK_M) * self.BLOCK_N
+
 
 @gluon.jit
 def _produce(q_desc, k_desc, v_desc, q_box, q_full, keys, values, work):
     GROUPS: gl.constexpr = q_box.shape[0]
     ROWS: gl.constexpr = q_desc.block_shape[2]
     Q_BYTES: gl.constexpr = ROWS * q_desc.block_shape[3] * 2
-    loads = 0
-    turn = 0
+    loads, turn = 0, 0
     while work.index(turn) < work.items:
         row_tile, head, batch = work.item(turn)
-        row = row_tile * ROWS * GROUPS
-        tiles = work.keys(row + ROWS * GROUPS)
+        row = row_tile * work.BLOCK_M
+        tiles = work.keys(row + work.BLOCK_M)
         head_k = head // work.GROUP
         keys.fill(loads, k_desc, batch, head_k, 0)
         keys.wait_free(loads - 1, loads > 0)  # with them q of the item before was multiplied last
@@ -220,29 +226,49 @@ def _fetch_q(q_desc, q_box, q_full, turn, item, work, WHICH: gl.constexpr):
 @gluon.jit
 def _first(work, WHICH: gl.constexpr):
     """A warpgroup's cursor at the first tile that it loads: its number, counted over the block's items, the item's
-    turn, its first key, the key head and the batch.
+    turn, its first key, the key head and the batch; causal also behind which key the item has no more tiles.
     """
-    _, head, batch = work.item(0)
-    return gl.to_tensor(WHICH), gl.to_tensor(0), gl.to_tensor(WHICH * work.BLOCK_N), head // work.GROUP, batch
+    load, turn, row = gl.to_tensor(WHICH), gl.to_tensor(0), gl.to_tensor(WHICH * work.BLOCK_N)
+    row_tile, head, batch = work.item(0)
+    if work.CAUSAL:
+        return _settled(load, turn, row, head // work.GROUP, batch, work.end(row_tile), work)
+    else:  # an item has at least GROUPS tiles
+        return load, turn, row, head // work.GROUP, batch
 
 
 @gluon.jit
 def _fetch(k_desc, v_desc, keys, values, place, cursor, work, GROUPS: gl.constexpr):
     """Fills the buffers at `place` with the tile at the cursor, whose next place it returns: behind the last item tile
-    -1, which never comes. All items have the same number of tiles, at least GROUPS.
+    -1, which never comes.
     """
-    load, turn, row, head, batch = cursor
+    load, turn, row, head, batch = cursor[:5]
     keys.fill_both(values, place, k_desc, v_desc, batch, head, row)
     load += GROUPS
     row += GROUPS * work.BLOCK_N
-    end = work.keys(0) * work.BLOCK_N
-    if row >= end:
-        row -= end
-        turn += 1
-        _, head, batch = work.item(turn)
-        head = head // work.GROUP
-        load = gl.where(work.index(turn) < work.items, load, -1)
-    return load, turn, row, head, batch
+    if work.CAUSAL:
+        return _settled(load, turn, row, head, batch, cursor[5], work)
+    else:
+        end = work.end(0)  # the same for all
+        if row >= end:
+            load, turn, row, head, batch, _ = _in_next_item(load, turn, row, end, work)
+        return load, turn, row, head, batch
+
+
+@gluon.jit
+def _settled(load, turn, row, head, batch, end, work):
+    """A causal cursor, in the item that has its tile: not every item has as many tiles as there are warpgroups."""
+    while row >= end:
+        load, turn, row, head, batch, end = _in_next_item(load, turn, row, end, work)
+    return load, turn, row, head, batch, end
+
+
+@gluon.jit
+def _in_next_item(load, turn, row, end, work):
+    row -= end
+    turn += 1
+    row_tile, head, batch = work.item(turn)
+    load = gl.where(work.index(turn) < work.items, load, -1)
+    return load, turn, row, head // work.GROUP, batch, work.end(row_tile)
 
 
 @gluon.constexpr_function
@@ -370,7 +396,7 @@ def _in_turn(
             acc, read = _plus_values(acc, p, values.tile(place).slice(nth * KEYS, KEYS, 0), values)
             operands = operands + read
             if SUMS:
-                l, again = product(p, ones.slice(nth * KEYS, KEYS, 0), l, L, False)
+                l, again = product(p, ones, l, L, False)
                 operands = operands + (again,)
         if SUMS:
             l = warpgroup_mma_wait(0, deps=(l,) + operands)[0]  # noqa: E741
@@ -431,7 +457,7 @@ def _consume(given, WHICH: gl.constexpr):
     S: gl.constexpr = _warpgroup(work.BLOCK_N)
     L: gl.constexpr = _warpgroup(8)
     SUMS: gl.constexpr = _sums(lse, keys.box, values.box, GROUPS)
-    if GROUPS == 4 and SUMS:  # without, what it takes in registers is spilled
+    if GROUPS == 4 and SUMS and not work.CAUSAL:  # else no registers are left for it
         k_desc, v_desc = held(k_desc, v_desc, work.seqlen_k)
     q_tile = q_box.index(WHICH).reshape([ROWS, q_box.shape[4]])
     o_tile = o_box.index(WHICH)
@@ -469,12 +495,18 @@ def _consume(given, WHICH: gl.constexpr):
         item = work.item(turn + 1)
         if GROUPS == 4:
             _fetch_q(q_desc, q_box, q_full, turn + 1, item, work, WHICH)
-        for _ in range(tiles, work.keys((row_tile + 1) * GROUPS * ROWS)):  # those that only rows further down see
-            place = keys.place(loads)
+        for _ in range(tiles, work.keys((row_tile + 1) * work.BLOCK_M)):  # those that only rows further down see
+            if GROUPS < 4:
+                place = keys.place(loads)
             keys.wait(place)
+            if GROUPS == 4:
+                if loads + AHEAD == cursor[0]:
+                    cursor = _fetch(k_desc, v_desc, keys, values, keys.after(place, AHEAD), cursor, work, GROUPS)
             keys.free(place)
-            values.wait(place)
-            values.free(place)
+            if GROUPS < 4:
+                values.wait(place)
+                values.free(place)
+            place = keys.after(place)
             loads += 1
         total = gl.max(l, 1) if SUMS else gl.sum(l, 1)  # with SUMS each column has the whole sum
         tma.store_wait(0)  # the item before this one has left the buffer
@@ -504,7 +536,7 @@ def attention_forward_specialized(
     """softmax(q k^T) v as attention_forward has it, for problems without options of which every row sees some key.
 
     D + MORE_D and DV + MORE_DV: the columns of a box that are multiplied, in one part or two. GROUPS: warpgroups that
-    compute; four also load, and take nothing causal. STAGES: buffers each for K and V. REGISTERS: of a thread that
+    compute; four also load. STAGES: buffers each for K and V. REGISTERS: of a thread that
     computes; what a warp that loads leaves goes to the first warpgroup. The boxes of q_desc and o_desc are one
     warpgroup's rows, row_tiles count a block's. together: heads, of all batches, whose items come together; cohort:
     these items. blocks: of the grid, for a register less than asking for it.
@@ -533,17 +565,17 @@ def attention_forward_specialized(
         )  # fmt: skip
         values.prepare(GROUPS)
     o_box = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, BLOCK_DV], o_desc.layout)
-    ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, BLOCK_N], dtype)
-    ones_box = gl.allocate_shared_memory(dtype, [8, BLOCK_N], ONES)
+    ONES: gl.constexpr = gl.NVMMASharedLayout.get_default_for([8, BLOCK_N // 2], dtype)  # for a slice of PV
+    ones_box = gl.allocate_shared_memory(dtype, [8, BLOCK_N // 2], ONES)
     if _sums(lse, keys.box, v_box, GROUPS):
-        ones_box.store(gl.full([8, BLOCK_N], 1.0, dtype, gl.BlockedLayout([1, 8], [8, 4], [1, 4], [1, 0])))
+        ones_box.store(gl.full([8, BLOCK_N // 2], 1.0, dtype, gl.BlockedLayout([1, 8], [8, 4], [1, 4], [1, 0])))
     for i in gl.static_range(GROUPS):
         mbarrier.init(q_full.index(i), count=1)
     keys.prepare(GROUPS)
     fence_async_shared()
     work = Work(
         gl.program_id(0), blocks, items, row_tiles, heads, per_heads, together, per_together, cohort, per_cohort,
-        longest_q, longest_k, GROUP, CAUSAL, BLOCK_N,
+        longest_q, longest_k, GROUP, CAUSAL, GROUPS * ROWS, BLOCK_N,
     )  # fmt: skip
     gdc_wait()  # the set-up above overlaps with whatever ran before in the stream; it has now written its results
     gdc_launch_dependents()  # a next kernel's blocks find no room before ours end
