@@ -511,7 +511,8 @@ def shipped(target: Target) -> Iterator[tuple[Problem, Config]]:
     """
     plain = [_problem(head_dim=dim, seqlen_q=n) for dim in (32, 64, 80, 128, 256) for n in (128, 257, 512)]
     plain += [_problem(torch.bfloat16, head_dim=64, heads_kv=2, seqlen_q=512, is_causal=c) for c in (False, True)]
-    plain += [_problem(head_dim=64, seqlen_q=2048, return_lse=lse) for lse in (False, True)]
+    for dim, n, c in ((64, 2048, False), (64, 8192, True), (40, 2048, True)):
+        plain += [_problem(head_dim=dim, seqlen_q=n, is_causal=c, return_lse=lse) for lse in (False, True)]
     yield from dict.fromkeys((problem, select(problem, target)) for problem in plain)
     known: dict[int, Container[Config]] = {}
     for dim in (*_HEAD_DIMS, 40, 104):  # these for what only rows that end in half a sector have

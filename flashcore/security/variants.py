@@ -182,7 +182,7 @@ def _layouts(target: Target) -> Iterator[Variant]:
     for rows in (_SEQLEN, _SEQLEN // 64 * 64):  # of one block's heads, and of a head alone
         p = replace(shared, seqlen_q=rows)
         yield from (Variant(p, c, target) for c in select.candidates(p, target) if c.kernel == "hopper")
-    for is_causal, dim in product((False, True), (64, 128)):
+    for is_causal, dim in product((False, True), (40, 64, 128)):
         long = replace(_long(dim), is_causal=is_causal)
         few = (_HEADS // 4) * long.stride_k[1], *long.stride_k[1:]
         long = replace(long, heads_kv=_HEADS // 4, stride_k=few, stride_v=few)
@@ -194,7 +194,7 @@ def _specialized(problem: Problem, target: Target) -> list[Config]:
 
 
 def _long(dim: int = 128) -> Problem:
-    """Of a length at which warpgroups that share K and V compute it, up to 64 where nothing is hidden."""
+    """Of a length at which warpgroups that share K and V compute it, causal not at 64."""
     rows = _HEADS * 2048 * dim, 2048 * dim, dim
     return replace(
         _sized(_plain(), dim), seqlen_q=2048, seqlen_k=2048, stride_q=rows, stride_k=rows, stride_v=rows, stride_o=rows,
