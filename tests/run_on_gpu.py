@@ -1,6 +1,6 @@
 """The GPU tests in a few processes at once, each with a time limit, and what came of them as one JSON file.
 
-    python tests/run_on_gpu.py [--shards 6] [--limit 540] [--json PATH] [pytest's own arguments]
+    python tests/run_on_gpu.py [--shards N] [--limit 540] [--json PATH] [pytest's own arguments]
 
 Most of a GPU test's time is the compiler's, on one core, so several processes share the GPU. What measures time has it
 to itself: such tests run when all else is done. A process that passes the limit is interrupted, then killed; its
@@ -44,6 +44,7 @@ SECONDS = {
     "tests/integrations/": 6.0, "tests/kernels/test_hopper_mutants.py": 18.0, "tests/launch/test_ops.py": 4.0,
     "tests/testing/": 0.2,
 }  # fmt: skip
+SHARDS = max(6, min(10, 2 * (os.cpu_count() or 1) // 3))
 SLOWEST = 20  # tests named in the record
 UNFINISHED = "unfinished"  # the process ended in this test
 OUTCOMES = ("passed", "failed", UNFINISHED, "skipped")
@@ -220,7 +221,7 @@ def _unless_complete(found: dict[str, Any]) -> str:
 def main() -> int:
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
-    parser.add_argument("--shards", type=int, default=6, help="processes at once (default 6)")
+    parser.add_argument("--shards", type=int, default=SHARDS, help=f"processes at once (default here {SHARDS})")
     parser.add_argument("--limit", type=float, default=540, help="seconds for everything together (default 540)")
     parser.add_argument("--no-measuring", action="store_true", help="without the tests that measure")
     parser.add_argument("--json", type=Path, help="where to write (default results/gpu-tests-<gpu>-<date>.json)")

@@ -215,8 +215,8 @@ def _at_once(p: Problem, heads: int, items: int, target: Target) -> int:
 
 def _together(p: Problem, config: Config, blocks: int) -> int:
     """Of how many heads, of all batches, the items of warpgroups come together, causal: as deals all blocks the most
-    even shares of keys. Beside few keys these should fit into the L2, too, or cost up to 2%, as was measured; beside
-    four warpgroups up to 5%.
+    even shares of keys. Those of one time should fit into the L2, too: where they did not, up to 2% were lost beside
+    few keys, with four warpgroups up to 5%.
     """
     keys = p.seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize  # bytes of a head
     row_tiles = -(-p.seqlen_q // config.block_m)

@@ -536,10 +536,10 @@ def attention_forward_specialized(
     """softmax(q k^T) v as attention_forward has it, for problems without options of which every row sees some key.
 
     D + MORE_D and DV + MORE_DV: the columns of a box that are multiplied, in one part or two. GROUPS: warpgroups that
-    compute; four also load. STAGES: buffers each for K and V. REGISTERS: of a thread that
-    computes; what a warp that loads leaves goes to the first warpgroup. The boxes of q_desc and o_desc are one
-    warpgroup's rows, row_tiles count a block's. together: heads, of all batches, whose items come together; cohort:
-    these items. blocks: of the grid, for a register less than asking for it.
+    compute; four also load. STAGES: buffers each for K and V. REGISTERS: of a thread that computes; what a warp that
+    loads leaves goes to the first warpgroup. The boxes of q_desc and o_desc are one warpgroup's rows, row_tiles count a
+    block's. together: heads, of all batches, whose items come together; cohort: these items. blocks: of the grid, for a
+    register less than asking for it.
     """
     dtype: gl.constexpr = q_desc.dtype
     ROWS: gl.constexpr = q_desc.block_shape[2]
