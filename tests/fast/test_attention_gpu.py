@@ -13,7 +13,9 @@ import torch
 from torch.library import opcheck
 
 from flashcore.core.errors import UnsupportedError
+from flashcore.core.target import H100
 from flashcore.fast.attention_production import attention
+from flashcore.fast.planning import explain
 from flashcore.launch import launcher, ops, packet, shim
 from flashcore.testing import gates
 
@@ -60,18 +62,21 @@ def test_right_twice(shape, dtype, is_causal):
 
 
 @pytest.mark.parametrize(
-    ("heads_q", "heads_kv", "rows", "keys", "dim"),  # that fill an H100 with blocks of 256 rows
-    [(66, 22, 500, 2176, 64), (33, 33, 512, 2048, 64), (33, 11, 512, 2304, 40), (33, 33, 512, 2048, 48),
-     (66, 22, 500, 1000, 24), (66, 66, 512, 512, 56)],
-)
+    ("heads_q", "heads_kv", "rows", "keys", "dim", "is_causal"),  # that fill an H100 with blocks of 256 rows
+    [(66, 22, 500, 2176, 64, False), (33, 33, 512, 2048, 64, False), (33, 11, 512, 2304, 40, False),
+     (33, 33, 512, 2048, 48, False), (66, 22, 500, 1000, 24, False), (66, 66, 512, 512, 56, False),
+     (33, 11, 512, 2304, 40, True), (66, 22, 500, 1150, 24, True), (33, 33, 1024, 1024, 56, True)],
+)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_many_keys_right_and_equal_twice(heads_q, heads_kv, rows, keys, dim, dtype):
+def test_many_keys_right_and_equal_twice(heads_q, heads_kv, rows, keys, dim, is_causal, dtype):
     q, (k, v, _) = qkv(2, heads_q, rows, dim, dtype=dtype)[0], qkv(2, heads_kv, keys, dim, dtype=dtype, seed=1)
-    out, lse = attention(q, k, v, return_lse=True)
-    verdict = gates.check(out, q, k, v, lse=lse)
-    assert verdict.passed, verdict.failures
-    assert torch.equal(attention(q, k, v), attention(q, k, v))
-    right(attention(q, k, v, scale=-0.1), q, k, v, scale=-0.1)
+    assert explain(q, k, v, is_causal=is_causal, target=H100).config.block_m == 256
+    out, lse = attention(q, k, v, is_causal=is_causal, return_lse=True)
+    right(out, q, k, v, is_causal=is_causal, lse=lse)
+    first, second = (attention(q, k, v, is_causal=is_causal) for _ in range(2))
+    assert torch.equal(first, second)
+    right(first, q, k, v, is_causal=is_causal)
+    right(attention(q, k, v, is_causal=is_causal, scale=-0.1), q, k, v, is_causal=is_causal, scale=-0.1)
 
 
 @pytest.mark.parametrize("backend", ["portable", "hopper"])

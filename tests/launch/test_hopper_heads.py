@@ -21,6 +21,7 @@ from flashcore.launch.capability import reasons
 
 FLAT = Config("hopper", 64, 64, 4, 1, "", 128)
 THREE = Config("hopper", 192, 128, 12, 2, "specialized", 160)
+FOUR = Config("hopper", 256, 128, 16, 5, "specialized", 128)
 
 
 def problem(batch: int, heads: int, heads_kv: int, seqlen: int, head_dim: int = 64, layout: str = "bhsd") -> Problem:
@@ -144,17 +145,31 @@ def test_heads_that_come_together(batch: int, heads: int, heads_kv: int, seqlen:
     assert scalars(bind(dataclasses.replace(asked, is_causal=False), THREE))["together"] == 1
 
 
-@pytest.mark.parametrize(("batch", "heads", "seqlen"), [(1, 16, 16_384), (2, 16, 8192), (3, 7, 2500), (8, 16, 2048)])
-def test_every_item_is_dealt_once_and_shares_are_even(batch: int, heads: int, seqlen: int) -> None:
-    values = scalars(bind(problem(batch, heads, heads, seqlen, 128), THREE))
+@pytest.mark.parametrize(
+    ("batch", "heads", "seqlen", "together"),
+    [(1, 32, 16_384, 1), (2, 32, 8192, 1), (1, 16, 16_384, 16), (1, 8, 16_384, 8), (1, 32, 16_000, 32)],
+)
+def test_heads_of_four_warpgroups_come_one_by_one_where_shares_stay_even(
+    batch: int, heads: int, seqlen: int, together: int
+) -> None:
+    assert scalars(bind(problem(batch, heads, heads, seqlen), FOUR))["together"] == together
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "seqlen", "config"),
+    [(1, 16, 16_384, THREE), (2, 16, 8192, THREE), (3, 7, 2500, THREE), (8, 16, 2048, THREE), (1, 32, 16_384, FOUR),
+     (1, 8, 16_384, FOUR), (8, 8, 4096, FOUR)],
+)  # fmt: skip
+def test_every_item_is_dealt_once_and_shares_are_even(batch: int, heads: int, seqlen: int, config: Config) -> None:
+    values = scalars(bind(problem(batch, heads, heads, seqlen, 128 if config is THREE else 64), config))
     found = list(dealt(values))
     assert len(set(found)) == len(found) == values["items"]
     assert {(row_tile, pair) for _, row_tile, pair in found} == set(
-        product(range(-(-seqlen // 192)), range(batch * heads))
+        product(range(-(-seqlen // config.block_m)), range(batch * heads))
     )
     keys = [0] * values["blocks"]
     for block, row_tile, _ in found:
-        keys[block] += -(-min((row_tile + 1) * 192, seqlen) // 128)
+        keys[block] += -(-min((row_tile + 1) * config.block_m, seqlen) // 128)
     assert max(keys) < 1.07 * sum(keys) / len(keys)
 
 
