@@ -25,7 +25,7 @@ from flashcore.launch.arguments import Options, packed_problem_of, problem_of
 from flashcore.launch.binding import Binding
 from flashcore.testing import Guarded, Shape, check, lay_out, make
 from flashcore.testing.mutants import Mutant, plant
-from flashcore.testing.mutants_hopper import BINDING, KERNEL, MUTANTS, SOFTMAX, SPECIALIZED, HopperMutant
+from flashcore.testing.mutants_hopper import KERNEL, MUTANTS, SOFTMAX, SPECIALIZED, HopperMutant
 
 FLAT = Config("hopper", 64, 64, 4, 1, "", 168)
 STAYS = replace(FLAT, schedule="persistent")
@@ -185,24 +185,22 @@ def run(mutant: HopperMutant | None, name: str) -> str:
 def compiles(mutant: HopperMutant | None, name: str) -> str:
     """Why a mutant does not compile for sm_90, or that its trial does not reach the fault; "" where all is well."""
     try:
-        code = compiled.compile_for(bound(mutant, Prepared(TRIALS[name], "cpu"), H100), 90).ptx
+        launched = made(mutant, name)
     except RuntimeError as error:
         return str(error)[-500:] or "no message"
-    if mutant is not None and mutant.file != BINDING and instructions(code) == shipped(name):
-        return f"the same code as the shipped kernel's in trial {name!r}"
+    if mutant is not None and launched == made(None, name):
+        return f"the same launch of the same code as the shipped kernel's in trial {name!r}"
     return ""
 
 
 @cache
-def shipped(name: str) -> list[str]:
-    """The instructions of the shipped kernel in a trial."""
-    return instructions(compiled.compile_for(bound(None, Prepared(TRIALS[name], "cpu"), H100), 90).ptx)
-
-
-def instructions(ptx: str) -> list[str]:
-    """Without what says where in a source file they come from."""
+def made(mutant: HopperMutant | None, name: str) -> tuple[Binding, list[str]]:
+    """What is launched in a trial, and its instructions, without what says where in a source file they come from."""
+    binding = bound(mutant, Prepared(TRIALS[name], "cpu"), H100)
+    ptx = compiled.compile_for(binding, 90).ptx
     code = (line.split("//")[0].strip() for line in ptx.partition(".section")[0].splitlines())
-    return [line for line in code if line and not line.startswith((".loc", ".file", "$L__"))]
+    kept = [line for line in code if line and not line.startswith((".loc", ".file", "$L__"))]
+    return replace(binding, fn=None), kept
 
 
 if __name__ == "__main__":

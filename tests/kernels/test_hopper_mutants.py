@@ -77,7 +77,7 @@ def test_every_mutant_compiles() -> None:
 def test_a_fault_out_of_its_trial_s_reach_is_noticed() -> None:
     name = "specialized: sum by products not rescaled"  # where there is an lse, products with ones add up nothing
     found = verdicts([name], "--compile", "--in", "shared", processes=1, limit_s=120)
-    assert "the same code" in found[name]
+    assert "of the same code" in found[name]
 
 
 @pytest.mark.gpu

@@ -470,7 +470,7 @@ def _consume(given, WHICH: gl.constexpr):
     cursor = _first(work, WHICH)
     if GROUPS == 4:
         _fetch_q(q_desc, q_box, q_full, 0, item, work, WHICH)
-        if WHICH < AHEAD:
+        if WHICH < AHEAD:  # a block has that many tiles
             cursor = _fetch(k_desc, v_desc, keys, values, keys.place(WHICH), cursor, work, GROUPS)
     while work.index(turn) < work.items:
         row_tile, head, batch = item
