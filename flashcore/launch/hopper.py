@@ -215,19 +215,15 @@ def _at_once(p: Problem, heads: int, items: int, target: Target) -> int:
 
 def _together(p: Problem, config: Config, blocks: int) -> int:
     """Of how many heads, of all batches, the items of warpgroups come together, causal: as deals all blocks the most
-    even shares of keys. Those of one time should fit into the L2, too: where they did not, up to 2% were lost beside
-    few keys, with four warpgroups up to 5%.
+    even shares of keys, but K and V of one time should fit into the L2, and where they do not 2 to 14% were lost. For
+    that some unevenness is a price: a block that waits leaves the others its power.
     """
     keys = p.seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize  # bytes of a head
     row_tiles = -(-p.seqlen_q // config.block_m)
     items = row_tiles * p.batch * p.heads_q
 
     def cost(d: int) -> tuple[float, int]:
-        passes = p.seqlen_k < 4096 and d * keys > 2 * _KEPT  # through the L2, without staying
-        lost = 0.02 * passes * min(1.0, d / blocks)
-        if config.num_warps == 16:
-            lost = 0.05 * min(1.0, d * keys / (4 * _KEPT))
-        return _busiest(p, config, blocks, d * p.group) + lost, -d
+        return _busiest(p, config, blocks, d * p.group) + 0.04 * min(1.0, d * keys / (4 * _KEPT)), -d
 
     divisors = _divisors_of(p.batch * p.heads_kv)
     exact = [d for d in divisors if d * p.group * row_tiles * (items + 2**12) < 2**32]  # for the kernel's `divide`
