@@ -39,7 +39,8 @@ MEASURING = (
 SECONDS = {
     "tests/behaviour/test_problems.py": 55.0, "tests/behaviour/test_conventions.py::test_any_call": 35.0,
     "tests/behaviour/": 0.15, "tests/docs/": 8.0, "tests/fast/test_attention_gpu.py::test_a_fork": 16.0,
-    "tests/fast/test_attention_gpu.py::test_compiled": 12.0, "tests/integrations/distributed/": 1.0,
+    "tests/fast/test_attention_gpu.py::test_compiled": 12.0,
+    "tests/fast/test_attention_gpu.py::test_many_keys": 5.0, "tests/integrations/distributed/": 1.0,
     "tests/integrations/test_compiled_models.py": 30.0, "tests/integrations/test_examples.py": 20.0,
     "tests/integrations/": 6.0, "tests/kernels/test_hopper_mutants.py": 18.0, "tests/launch/test_ops.py": 4.0,
     "tests/testing/": 0.2,

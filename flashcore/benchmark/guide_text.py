@@ -75,25 +75,25 @@ def _seconds(value: float | None) -> str:
 
 def behind(folder: Path) -> Iterator[str]:
     """Every shape measured against the peers where FlashCore is not ahead beyond the noise, GPU by GPU."""
-    newest: dict[tuple[str, str, str], tuple[str, Record, Record]] = {}
-    for path in sorted(folder.glob("*.json")):
-        record = results.read(path)
-        if record["kind"] == "peers" and (gpu := record["environment"]["gpu"]):
+    runs: dict[tuple[str, str, str], list[Record]] = {}
+    for gpu, records in results.runs(folder, "peers", part=lambda record: {**record, "complete": True}).items():
+        for record in records:
             for case, clock in product(record["cases"], ("gpu_warm", "gpu_alone")):
-                place, recorded = (gpu, Shape(**case["shape"]).label, clock), record["environment"]["recorded"]
-                if peers_text.ratio(case, clock) and (place not in newest or newest[place][0] <= recorded):
-                    newest[place] = recorded, case, {**record, "file": path.name}
-    if not newest:
+                if peers_text.ratio(case, clock):
+                    runs.setdefault((gpu, Shape(**case["shape"]).label, clock), []).append({**record, "cases": [case]})
+    if not runs:
         return
     rows, files = [], set()
-    for (gpu, label, clock), (recorded, case, record) in sorted(newest.items(), key=lambda entry: entry[0][0]):
+    for (gpu, label, clock), those in sorted(runs.items(), key=lambda entry: entry[0][0]):
+        record = peers_text.standing(those)
+        case, recorded = record["cases"][0], record["environment"]["recorded"]
         found, best = peers_text.ratio(case, clock), peers_text.best_peer(case, clock)
         if found is not None and best is not None and (found.value if found.low is None else found.low) <= 1:
             figures = [us(peers_text.figure(case, name, clock)) for name in ("flashcore", best)]
             name = peers_text.CLOCKS[clock]
             rows.append((gpu, label, name, *figures, best, times(found.value), recorded[:10]))
             files.add(link(record))
-    measured = f"{len({place[:2] for place in newest})} shapes measured beside the peers, GPU by GPU,"
+    measured = f"{len({place[:2] for place in runs})} shapes measured beside the peers, GPU by GPU,"
     if not rows:
         yield f"Of the {measured} none has a peer that is faster, or level within the noise."
         yield ""

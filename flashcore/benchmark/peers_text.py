@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,8 +104,24 @@ def of_suite(record: Record, suite: str) -> Record | None:
 
 
 def newest(folder: Path, suite: str) -> dict[str, Record]:
-    """GPU -> the newest complete run of a suite."""
-    return results.newest(folder, "peers", part=lambda record: of_suite(record, suite))
+    """GPU -> the run of a suite that stands: of its complete ones, the newest by `standing`."""
+    found = results.runs(folder, "peers", part=lambda record: of_suite(record, suite))
+    return {gpu: standing(those) for gpu, those in found.items()}
+
+
+def standing(runs: Sequence[Record]) -> Record:
+    """Of runs of the same cases, the oldest first, the newest that heard, on each case, whoever was the fastest peer
+    there in any of them: no figure is to improve by whom it is not compared with. The newest where no run did.
+    """
+    fastest: dict[str, set[str]] = {}
+    for case in (case for run in runs for case in run["cases"]):
+        fastest.setdefault(case["case"], set()).update(filter(None, (best_peer(case, clock) for clock in CLOCKS)))
+
+    def heard(case: Record) -> set[str]:
+        return {name for name, found in case["contestants"].items() if found["status"] != "missing"}
+
+    whole = [run for run in runs if all(fastest[case["case"]] <= heard(case) for case in run["cases"])]
+    return (whole or runs)[-1]
 
 
 @dataclass(frozen=True, slots=True)

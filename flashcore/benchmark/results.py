@@ -82,20 +82,24 @@ def read(path: Path) -> dict[str, Any]:
     return record
 
 
-def newest(
+def runs(
     folder: Path, kind: str, part: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda record: record
-) -> dict[str, dict[str, Any]]:
-    """GPU -> the newest complete record of this kind, or of the part of one that `part` picks (None: has it not)."""
-    found: dict[str, dict[str, Any]] = {}
+) -> dict[str, list[dict[str, Any]]]:
+    """GPU -> its complete records of this kind, or the parts of them that `part` picks (None: has it not), the oldest
+    first.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         for whole in members(read(path)):
             record = part(whole) if whole["kind"] == kind else None
-            gpu = whole["environment"]["gpu"]
-            if record is not None and record.get("complete", True) and gpu is not None:
-                before = found.get(gpu)
-                if before is None or before["environment"]["recorded"] <= record["environment"]["recorded"]:
-                    found[gpu] = {**record, "file": path.name}
-    return found
+            if record is not None and record.get("complete", True) and (gpu := whole["environment"]["gpu"]) is not None:
+                found.setdefault(gpu, []).append({**record, "file": path.name})
+    return {gpu: sorted(those, key=lambda record: record["environment"]["recorded"]) for gpu, those in found.items()}
+
+
+def newest(folder: Path, kind: str) -> dict[str, dict[str, Any]]:
+    """GPU -> the newest complete record of this kind."""
+    return {gpu: those[-1] for gpu, those in runs(folder, kind).items()}
 
 
 def headline(records: dict[str, dict[str, Any]]) -> dict[str, Any] | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from flashcore.benchmark import page, report, results
+from flashcore.benchmark import page, peers_text, report, results
 from flashcore.benchmark.shapes import SUITES
 from tests.benchmark import records
 
@@ -211,6 +212,28 @@ def test_a_row_for_each_suite(root: Path) -> None:
         f"| One sequence | gpu warm | {ahead} | {behind} |",
         f"| One sequence | gpu cold | {ahead} | {behind} |",
     ]
+
+
+def test_a_run_that_did_not_hear_the_fastest_peer_replaces_none(tmp_path: Path) -> None:
+    old, newer = records.peers("b1", SUITES["b1"]), records.environment(recorded="2002-01-01T00:00:00+00:00")
+    new = records.peers("b1", SUITES["b1"], environment=newer)
+    results.write(tmp_path / "old.json", old)
+
+    def stands(last: dict[str, Any]) -> str:
+        results.write(tmp_path / "new.json", new | {"cases": [*new["cases"][:-1], last]})
+        return str(peers_text.newest(tmp_path, "b1")[records.GPU]["file"])
+
+    last, fastest = new["cases"][-1], "triton-plain"
+    others = {name: found for name, found in last["contestants"].items() if name != fastest}
+    assert stands(last) == "new.json"
+    assert stands(last | {"contestants": others}) == "old.json"
+    for status, file in (("missing", "old.json"), ("refused", "new.json"), ("failed", "new.json")):
+        assert stands(last | {"contestants": others | {fastest: {"status": status, "reason": "no"}}}) == file
+    timed = records.gpu({"flashcore": 10.0, "fa3": 1.0})["fa3"]
+    old["cases"][0]["contestants"] |= {"fa3": records.ok(gpu_warm=timed)}
+    del old["cases"][0]["contestants"][fastest]
+    results.write(tmp_path / "old.json", old)
+    assert stands(last) == "new.json", "neither heard all of them"
 
 
 def test_an_unknown_block_is_an_error(root: Path) -> None:
