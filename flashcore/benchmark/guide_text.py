@@ -76,7 +76,7 @@ def _seconds(value: float | None) -> str:
 def behind(folder: Path) -> Iterator[str]:
     """Every shape measured against the peers where FlashCore is not ahead beyond the noise, GPU by GPU."""
     runs: dict[tuple[str, str, str], list[Record]] = {}
-    for gpu, records in results.runs(folder, "peers", part=lambda record: {**record, "complete": True}).items():
+    for gpu, records in results.runs(folder, "peers").items():
         for record in records:
             for case, clock in product(record["cases"], ("gpu_warm", "gpu_alone")):
                 if peers_text.ratio(case, clock):

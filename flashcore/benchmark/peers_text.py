@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -105,22 +106,30 @@ def of_suite(record: Record, suite: str) -> Record | None:
 
 def newest(folder: Path, suite: str) -> dict[str, Record]:
     """GPU -> the run of a suite that stands: of its complete ones, the newest by `standing`."""
-    found = results.runs(folder, "peers", part=lambda record: of_suite(record, suite))
-    return {gpu: standing(those) for gpu, those in found.items()}
+    found = {}
+    for gpu, records in results.runs(folder, "peers").items():
+        parts = [part for record in records if (part := of_suite(record, suite)) and results.complete(part)]
+        if parts:
+            found[gpu] = standing(parts)
+    return found
 
 
 def standing(runs: Sequence[Record]) -> Record:
-    """Of runs of the same cases, the oldest first, the newest that heard, on each case, whoever was the fastest peer
-    there in any of them: no figure is to improve by whom it is not compared with. The newest where no run did.
+    """Of runs of the same cases, the oldest first, the newest that heard, on each case and clock that it measured,
+    whoever was the fastest peer there in any of them: no figure is to improve by whom it is not compared with. The
+    newest where no run did.
     """
-    fastest: dict[str, set[str]] = {}
-    for case in (case for run in runs for case in run["cases"]):
-        fastest.setdefault(case["case"], set()).update(filter(None, (best_peer(case, clock) for clock in CLOCKS)))
+    fastest: dict[tuple[str, str], set[str]] = {}
+    for run in runs:
+        for case, clock in product(run["cases"], CLOCKS):
+            if best := best_peer(case, clock):
+                fastest.setdefault((case["case"], clock), set()).add(best)
 
-    def heard(case: Record) -> set[str]:
-        return {name for name, found in case["contestants"].items() if found["status"] != "missing"}
+    def heard(case: Record, clock: str) -> bool:
+        asked = {name for name, found in case["contestants"].items() if found["status"] != "missing"}
+        return figure(case, "flashcore", clock) is None or fastest.get((case["case"], clock), set()) <= asked
 
-    whole = [run for run in runs if all(fastest[case["case"]] <= heard(case) for case in run["cases"])]
+    whole = [run for run in runs if all(heard(case, clock) for case, clock in product(run["cases"], CLOCKS))]
     return (whole or runs)[-1]
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -82,24 +82,25 @@ def read(path: Path) -> dict[str, Any]:
     return record
 
 
-def runs(
-    folder: Path, kind: str, part: Callable[[dict[str, Any]], dict[str, Any] | None] = lambda record: record
-) -> dict[str, list[dict[str, Any]]]:
-    """GPU -> its complete records of this kind, or the parts of them that `part` picks (None: has it not), the oldest
-    first.
-    """
+def runs(folder: Path, kind: str) -> dict[str, list[dict[str, Any]]]:
+    """GPU -> its records of this kind, complete or not, the oldest first."""
     found: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
-        for whole in members(read(path)):
-            record = part(whole) if whole["kind"] == kind else None
-            if record is not None and record.get("complete", True) and (gpu := whole["environment"]["gpu"]) is not None:
+        for record in members(read(path)):
+            if record["kind"] == kind and (gpu := record["environment"]["gpu"]) is not None:
                 found.setdefault(gpu, []).append({**record, "file": path.name})
     return {gpu: sorted(those, key=lambda record: record["environment"]["recorded"]) for gpu, those in found.items()}
 
 
 def newest(folder: Path, kind: str) -> dict[str, dict[str, Any]]:
     """GPU -> the newest complete record of this kind."""
-    return {gpu: those[-1] for gpu, those in runs(folder, kind).items()}
+    whole = {gpu: list(filter(complete, those)) for gpu, those in runs(folder, kind).items()}
+    return {gpu: those[-1] for gpu, those in whole.items() if those}
+
+
+def complete(record: dict[str, Any]) -> bool:
+    """Whether a run was not cut short; kinds that never are do not say so."""
+    return bool(record.get("complete", True))
 
 
 def headline(records: dict[str, dict[str, Any]]) -> dict[str, Any] | None:

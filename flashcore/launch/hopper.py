@@ -233,12 +233,15 @@ def _together(p: Problem, config: Config, blocks: int) -> int:
 
 def _busiest(p: Problem, config: Config, blocks: int, together: int) -> float:
     """What the busiest of every fifth block has to do, over the mean, in tiles of keys and half a one for an item's
-    start and end; items are dealt as the kernel does it, and in many turns even out.
+    start and end; items are dealt as the kernel does it. More turns than 64 are as these, unless a head has so many
+    items that only more turns even them out.
     """
     row_tiles = -(-p.seqlen_q // config.block_m)
     items = row_tiles * p.batch * p.heads_q
     if items > 64 * blocks:
-        return 1.0
+        if row_tiles > 32:
+            return 1.0
+        items = 64 * blocks
     ends = (p.seqlen_k - p.seqlen_q + config.block_m * (i + 1) for i in reversed(range(row_tiles)))
     tiles = [-(-min(end, p.seqlen_k) // config.block_n) + 0.5 for end in ends]
 
@@ -247,7 +250,7 @@ def _busiest(p: Problem, config: Config, blocks: int, together: int) -> float:
         dealt = (begin + (blocks - 1 - block if turn % 2 else block) for turn, begin in turns)
         return sum(tiles[item % (together * row_tiles) // together] for item in dealt if item < items)
 
-    return max(map(share, range(0, blocks, 5))) * blocks / (sum(tiles) * p.batch * p.heads_q)
+    return max(map(share, range(0, blocks, 5))) * blocks / (sum(tiles) * items / row_tiles)
 
 
 def _divisors_of(number: int) -> list[int]:

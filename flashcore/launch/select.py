@@ -279,9 +279,12 @@ def _four(p: Problem, target: Target) -> bool:
     items, keys = -(-p.seqlen_q // _FOUR.block_m) * p.batch * p.heads_q, -(-p.seqlen_k // _FOUR.block_n)
     turns = -(-items // target.sms)
     lines = p.head_dim % 32 == 0 and p.head_dim_v % 32 == 0  # rows are whole lines of the L2, or halves
-    fewest = 512 if not lines else 768 if dim <= 32 else 512 if turns >= 4 else 1024  # all SMs ask at once in the first
     if p.is_causal:
         fewest = 1024 if _half_sectors(p) else 8192 if dim <= 32 else 4096
+    elif lines and (dim <= 32 or turns < 4):  # a first turn waits for what all SMs ask for
+        fewest = 768 if dim <= 32 else 1024
+    else:
+        fewest = 512
     if p.seqlen_k < (fewest if turns > 1 else 2 * fewest):
         return False
     room = turns * target.sms * _FOUR.block_m * keys * _FOUR.block_n

@@ -229,7 +229,13 @@ def test_a_run_that_did_not_hear_the_fastest_peer_replaces_none(tmp_path: Path) 
     assert stands(last | {"contestants": others}) == "old.json"
     for status, file in (("missing", "old.json"), ("refused", "new.json"), ("failed", "new.json")):
         assert stands(last | {"contestants": others | {fastest: {"status": status, "reason": "no"}}}) == file
+    assert stands(last | {"contestants": {"flashcore": last["contestants"]["flashcore"]}}) == "old.json"
     timed = records.gpu({"flashcore": 10.0, "fa3": 1.0})["fa3"]
+    for clock, file in (("gpu_alone", "new.json"), ("gpu_cold", "old.json")):  # the new run measured only the second
+        heard = old["cases"][0]["contestants"] | {"fa3": records.ok(**{clock: timed})}
+        first = old["cases"][0] | {"contestants": heard}
+        results.write(tmp_path / "old.json", old | {"cases": [first, *old["cases"][1:]]})
+        assert stands(last) == file
     old["cases"][0]["contestants"] |= {"fa3": records.ok(gpu_warm=timed)}
     del old["cases"][0]["contestants"][fastest]
     results.write(tmp_path / "old.json", old)
