@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from operator import add
 from typing import Any
 
 import torch
@@ -35,6 +37,7 @@ _OPTIONAL = (  # parameters that are None where the problem does not use them
     "right",
 )  # fmt: skip
 _KEPT = 32 * 2**20  # bytes of K and V that were seen to stay in an L2 of 50 or 60 MiB beside what passes through it
+_SHIFTS = (0, 1, 4, 16, 64)  # blocks by which items may move on with each turn, 0 for to and fro
 _BARRIERS, _BARRIERS_OF_WARPGROUPS = 64, 512  # bytes, rounded up
 _TYPES = {
     torch.float16: ("fp16", gl.float16), torch.bfloat16: ("bf16", gl.bfloat16), torch.float32: ("fp32", gl.float32),
@@ -127,7 +130,7 @@ def _specialized(p: Problem, config: Config, scale: float, target: Target) -> Bi
     row_tiles = -(-p.seqlen_q // config.block_m)
     items = row_tiles * p.heads_q * p.batch
     blocks = min(items, target.sms * blocks_per_sm(p, config, target))
-    together = _together(p, config, blocks) if p.is_causal else 1
+    together, shift = _deal(p, config, blocks)
     queries, keys = (p.heads_q, p.seqlen_q), (p.heads_kv, p.seqlen_k)
     args: dict[str, Any] = {
         "q_desc": _plain(p, "q", (*queries, p.head_dim), p.stride_q, (rows, block_d)),
@@ -141,7 +144,7 @@ def _specialized(p: Problem, config: Config, scale: float, target: Target) -> Bi
     args |= {"longest_q": Scalar("i32", p.seqlen_q), "longest_k": Scalar("i32", p.seqlen_k)}
     args["row_tiles"] = Scalar("i32", row_tiles)
     args |= _divisors(heads=p.heads_q, together=together, cohort=together * row_tiles)
-    args |= {"items": Scalar("i32", items), "blocks": Scalar("i32", blocks)}
+    args |= {"items": Scalar("i32", items)} | _divisors(blocks=blocks) | {"shift": Scalar("i32", shift)}
     constexprs: dict[str, Any] = {} if p.return_lse else {"lse": None}
     constexprs |= {
         "GROUP": p.group, "CAUSAL": p.is_causal, "EVEN_N": p.seqlen_k % config.block_n == 0, "NEGATE": scale < 0,
@@ -213,44 +216,68 @@ def _at_once(p: Problem, heads: int, items: int, target: Target) -> int:
     return heads // p.heads_kv * min(divisors, key=lambda d: abs(math.log(d * keys / most)))
 
 
-def _together(p: Problem, config: Config, blocks: int) -> int:
-    """Of how many heads, of all batches, the items of warpgroups come together, causal: as deals all blocks the most
-    even shares of keys, weighed against what K and V of one time that do not fit into the L2 cost. Read from HBM again
-    and again they take power: 2 to 14% of a call after a pause, up to 25% alone, nothing in turns with other kernels,
-    which pay for it. Uneven shares cost the most there.
+def _deal(p: Problem, config: Config, blocks: int) -> tuple[int, int]:
+    """How the items of warpgroups are dealt where they are of unlike lengths: of how many heads, of all batches, they
+    come together, and by how many blocks they move on with each turn, of up to three warpgroups. The shares are the
+    most even ones, weighed against what K and V of one time that do not fit into the L2 cost. Read from HBM again and
+    again they take power: causal 2 to 14% of a call after a pause, up to 25% alone, nothing in turns with other
+    kernels, which pay for it. Uneven shares cost the most there.
     """
+    lengths = _lengths(p, config)
+    if not p.is_causal and min(lengths) == max(lengths):
+        return 1, 0
     keys = p.seqlen_k * (p.head_dim + p.head_dim_v) * p.dtype.itemsize  # bytes of a head
-    row_tiles = -(-p.seqlen_q // config.block_m)
-    items = row_tiles * p.batch * p.heads_q
+    items = len(lengths) * p.batch * p.heads_q
+    at_once = blocks / len(lengths)  # heads of which the blocks compute anyway
 
-    def cost(d: int) -> tuple[float, int]:
-        return _busiest(p, config, blocks, d * p.group) + 0.04 * min(1.0, d * keys / (4 * _KEPT)), -d
+    def passing(heads: int) -> float:
+        return 0.04 * min(1.0, max(heads, at_once) / p.group * keys / (4 * _KEPT))
 
-    divisors = _divisors_of(p.batch * p.heads_kv)
-    exact = [d for d in divisors if d * p.group * row_tiles * (items + 2**12) < 2**32]  # for the kernel's `divide`
-    return p.group * min(exact, key=cost, default=1)
+    together = (d * p.group for d in _divisors_of(p.batch * p.heads_kv))
+    exact = [n for n in together if n * len(lengths) * (items + 2**12) < 2**32]  # for the kernel's `divide`
+    best = (math.inf, 1, 0)
+    for heads in exact:
+        if 1.0 + passing(heads) >= best[0]:
+            break
+        for shift in _SHIFTS if config.block_m < 256 else (0,):
+            best = min(best, (_busiest(lengths, items, blocks, heads, shift) + passing(heads), -heads, shift))
+    return abs(best[1]), best[2]
 
 
-def _busiest(p: Problem, config: Config, blocks: int, together: int) -> float:
-    """What the busiest of every fifth block has to do, over the mean, in tiles of keys and half a one for an item's
-    start and end; items are dealt as the kernel does it. More turns than 64 are as these, unless a head has so many
-    items that only more turns even them out.
+def _lengths(p: Problem, config: Config) -> list[float]:
+    """What a head's items take, in tiles of keys and half a one for start and end, in the order in which the kernel
+    deals them. Where not all warpgroups compute a tile, since its keys are hidden from their rows or, of three, rows
+    are not there, the others take two thirds: the tensor cores bind them less, their softmax more.
     """
-    row_tiles = -(-p.seqlen_q // config.block_m)
-    items = row_tiles * p.batch * p.heads_q
-    if items > 64 * blocks:
-        if row_tiles > 32:
-            return 1.0
-        items = 64 * blocks
-    ends = (p.seqlen_k - p.seqlen_q + config.block_m * (i + 1) for i in reversed(range(row_tiles)))
-    tiles = [-(-min(end, p.seqlen_k) // config.block_n) + 0.5 for end in ends]
+    groups = config.num_warps // 4
+    rows = config.block_m // groups
+    lengths = []
+    for first in range(0, p.seqlen_q, config.block_m):
+        ends = [first + rows * (i + 1) for i in range(groups)]
+        seen = [p.seqlen_k - p.seqlen_q + end if p.is_causal else p.seqlen_k for end in ends]
+        tiles = [-(-min(keys, p.seqlen_k) // config.block_n) for keys in seen]
+        if groups == 3:
+            tiles = [n if end - rows < p.seqlen_q else 0 for n, end in zip(tiles, ends, strict=True)]
+        lengths.append(min(tiles) + (max(tiles) - min(tiles)) * 2 / 3 + 0.5)
+    return lengths[::-1] if p.is_causal else lengths
 
-    def share(block: int) -> float:
-        turns = enumerate(range(0, items, blocks))
-        dealt = (begin + (blocks - 1 - block if turn % 2 else block) for turn, begin in turns)
-        return sum(tiles[item % (together * row_tiles) // together] for item in dealt if item < items)
 
-    return max(map(share, range(0, blocks, 5))) * blocks / (sum(tiles) * items / row_tiles)
+def _busiest(lengths: Sequence[float], items: int, blocks: int, together: int, shift: int) -> float:
+    """What the busiest block has to do, over the mean; items are dealt as the kernel does it. Beside so many that they
+    even out those of 64 turns tell, if a head's are few enough to pass by in these.
+    """
+    if items > 64 * blocks and len(lengths) > 32:
+        return 1.0
+    items = min(items, 64 * blocks)
+    cohort = [length for length in lengths for _ in range(together)]
+    dealt = (cohort * -(-items // len(cohort)))[:items] + [0.0] * (-items % blocks)
+    shares = [0.0] * blocks
+    for turn, begin in enumerate(range(0, items, blocks)):
+        lap = dealt[begin : begin + blocks]
+        moved = turn * shift % blocks
+        lap = lap[moved:] + lap[:moved] if shift or turn % 2 == 0 else lap[::-1]
+        shares = list(map(add, shares, lap))
+    return max(shares) * blocks / sum(dealt)
 
 
 def _divisors_of(number: int) -> list[int]:

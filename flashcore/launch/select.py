@@ -3,7 +3,7 @@
 The allow-list below holds every configuration that FlashCore ever runs. Each was compiled for its architecture with no
 register spilled for plain problems, but for 8 and 16 bytes of two Hopper tiles between head dimensions 64 and 96,
 causal under Triton 3.6, and causal with lse under 3.9, 8 of one at 104 and 120 under 3.9, 8 of one pass that hides
-keys at 64 under 3.6 and 3.7, up to 24 of three warpgroups above 96, causal under 3.6 and 3.7, and up to 32 of four,
+keys at 64 under 3.6 and 3.7, of three warpgroups above 96 up to 24 causal and else 8 under 3.6, and up to 32 of four,
 stored once and loaded between loops or where a warpgroup loads for all, with lse under 3.9 8 of them in each tile; in
 the portable kernel rows that are not 16-byte aligned spill some, and on sm_80 and sm_89 packed sequences with a soft
 cap and lse. A tuning table and the caller's block sizes only point into the list.

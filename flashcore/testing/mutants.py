@@ -8,6 +8,7 @@ precision lost, a row not written.
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Mutant:
 def plant(mutant: Mutant) -> ModuleType:
     """Import the faulty copy under a name of its own; the shipped module stays as it is."""
     folder = tempfile.TemporaryDirectory(prefix="flashcore-mutant-")
-    name = "flashcore_mutant_" + mutant.name.replace(" ", "_")
+    name = "flashcore_mutant_" + re.sub(r"\W", "_", mutant.name)
     path = Path(folder.name) / f"{name}.py"
     path.write_text(mutant.source())
     spec = importlib.util.spec_from_file_location(name, path)

@@ -12,6 +12,7 @@ from flashcore.testing.mutants import Mutant
 KERNEL = "kernels/hopper/attention.py"
 SOFTMAX = "kernels/hopper/softmax.py"
 SPECIALIZED = "kernels/hopper/specialized.py"
+WORK = "kernels/hopper/work.py"
 BINDING = "launch/hopper.py"
 
 
@@ -32,6 +33,10 @@ def _softmax(name: str, old: str, new: str, trial: str = "plain") -> HopperMutan
 
 def _specialized(name: str, old: str, new: str, trial: str = "shared") -> HopperMutant:
     return HopperMutant(f"specialized: {name}", SPECIALIZED, old, new, trial)
+
+
+def _work(name: str, old: str, new: str, trial: str = "shared") -> HopperMutant:
+    return HopperMutant(f"specialized: {name}", WORK, old, new, trial)
 
 
 def _binding(name: str, old: str, new: str, trial: str = "plain") -> HopperMutant:
@@ -210,19 +215,19 @@ _PLANTED = (
     _specialized("first values of the head beside", "v_desc, batch, head_k, 0)", "v_desc, batch, head_k ^ 1, 0)"),
     _specialized("values of the first tile", "v_desc, batch, head_k, tile * work.BLOCK_N)",
                  "v_desc, batch, head_k, 0)"),
-    _specialized("items of the block beside", "return turn * self.step + place",
-                 "return turn * self.step + place // 2", "shared, many"),
-    _specialized("a turn's last item for nobody", "self.step - 1 - self.first", "self.step - self.first",
-                 "shared, many"),
-    _specialized("row tiles by twos", "return self.row_tiles - 1 - level,", "return self.row_tiles - 1 - level // 2,"),
-    _specialized("heads of the first cohort for all", "pair = pair * self.together + place", "pair = place",
-                 "shared, causal, many"),
-    _specialized("batches mixed up", "batch = divide(pair, self.per_heads)",
-                 "batch = divide(pair, self.per_heads) * 0"),
+    _work("items of the block beside", "return turn * self.step + gl.where(there, place,",
+          "return turn * self.step + gl.where(there, place // 2,", "shared, many"),
+    _work("a turn's last item for nobody", "self.step - 1 - place", "self.step - place",
+          "shared, causal, many"),
+    _work("items that move on past the last block", "divide(place, self.per_step) * self.step", "0", "shared, many"),
+    _work("row tiles by twos", "return row_tile, pair", "return row_tile // 2, pair"),
+    _work("heads of the first cohort for all", "pair = pair * self.together + place", "pair = place",
+          "shared, causal, many"),
+    _work("batches mixed up", "batch = divide(pair, self.per_heads)", "batch = divide(pair, self.per_heads) * 0"),
+    _work("diagonal tile skipped", "seen, end + self.seqlen_k", "seen, end - 64 + self.seqlen_k", "shared, causal"),
+    _specialized("rows that are there left out", "row < work.seqlen_q, tiles", "row + ROWS <= work.seqlen_q, tiles"),
     _specialized("diagonal tile without its mask", "visible = gl.minimum(visible, row + shift + 1)",
                  "visible = gl.minimum(visible, row + shift + 128)", "shared, causal, many"),
-    _specialized("diagonal tile skipped", "seen, end + self.seqlen_k", "seen, end - 64 + self.seqlen_k",
-                 "shared, causal"),
     _specialized("sign of scale lost", "s = -s", "s = s", "shared, negative"),
     _specialized("result 0.1% too large", "reciprocal(total)", "reciprocal(total) * 1.001"),
     _specialized("lse in base 2", "m * LN2 +", "m +"),

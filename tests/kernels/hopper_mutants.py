@@ -25,13 +25,14 @@ from flashcore.launch.arguments import Options, packed_problem_of, problem_of
 from flashcore.launch.binding import Binding
 from flashcore.testing import Guarded, Shape, check, lay_out, make
 from flashcore.testing.mutants import Mutant, plant
-from flashcore.testing.mutants_hopper import KERNEL, MUTANTS, SOFTMAX, SPECIALIZED, HopperMutant
+from flashcore.testing.mutants_hopper import KERNEL, MUTANTS, SOFTMAX, SPECIALIZED, WORK, HopperMutant
 
 FLAT = Config("hopper", 64, 64, 4, 1, "", 168)
 STAYS = replace(FLAT, schedule="persistent")
 THREE = Config("hopper", 192, 128, 12, 2, "specialized", 160)
 TWO = Config("hopper", 128, 128, 8, 2, "specialized", 240)
 FOUR = Config("hopper", 256, 128, 16, 5, "specialized", 128)
+USERS = {SOFTMAX: (KERNEL, "softmax"), WORK: (SPECIALIZED, "work")}
 BOUNDS = {  # of packed sequences
     "packed": (0, 40, 40, 150),
     "short": (0, 5, 6, 10, 16, 22, 30, 38, 238),
@@ -87,12 +88,12 @@ TRIALS = {
     ),
     "shared, ones": Trial(Shape(10, 16, 400, 64, heads_kv=4, seqlen_k=600), lse=False, config=FOUR),
     "shared, columns": Trial(Shape(2, 4, 400, 88, heads_kv=2, seqlen_k=500), config=THREE),
-    "shared, many": Trial(Shape(10, 16, 400, 128, heads_kv=4, seqlen_k=256), config=THREE),
+    "shared, many": Trial(Shape(10, 16, 400, 128, heads_kv=4, seqlen_k=256), config=THREE),  # by 4 blocks each turn
     "shared, negative": Trial(Shape(1, 2, 200, 128, seqlen_k=300), options={"scale": -0.1}, config=TWO),
     "shared, causal": Trial(Shape(2, 4, 500, 128, heads_kv=2, seqlen_k=700), options={"is_causal": True}, config=TWO),
     "shared, causal, many": Trial(
         Shape(12, 16, 400, 128, heads_kv=4, seqlen_k=500), options={"is_causal": True}, config=THREE
-    ),  # 96 of 192 heads come together
+    ),  # 96 of 192 heads come together, to and fro
     "strides": Trial(layouts=("contiguous", "bshd", "contiguous"), out="bshd"),
 }
 
@@ -160,12 +161,13 @@ def bound(mutant: HopperMutant | None, trial: Prepared, target: targets.Target) 
     if mutant is None:
         return hopper.bind(*arguments)
     module = plant(mutant)
-    if mutant.file == SOFTMAX:  # and a copy of the kernel that takes it from there
+    if mutant.file in USERS:  # and a copy of the kernel that takes it from there
+        kernel, name = USERS[mutant.file]
         user = f"{mutant.name}, used"
-        module = plant(Mutant(user, KERNEL, "from .softmax import", f"from {module.__name__} import"))
+        module = plant(Mutant(user, kernel, f"from .{name} import", f"from {module.__name__} import"))
     if mutant.file in (KERNEL, SOFTMAX):
         return replace(hopper.bind(*arguments), fn=module.attention_forward)
-    if mutant.file == SPECIALIZED:
+    if mutant.file in (SPECIALIZED, WORK):
         return replace(hopper.bind(*arguments), fn=module.attention_forward_specialized)
     return module.bind(*arguments)
 

@@ -24,9 +24,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .attention import divide, held, product, qk
+from .attention import held, product, qk
 from .compat import aggregate, tma_load, tma_store
 from .softmax import LN2, factor, hide, maximum, mean, parts, reciprocal, times, weights
+from .work import Work
 
 AHEAD = gl.constexpr(2)  # tiles that warpgroups load ahead of their own; the ring's others are how far one may lag
 
@@ -108,84 +109,6 @@ class Ring:
         rows: gl.constexpr = self.box.shape[3]
         columns: gl.constexpr = self.box.shape[4]
         return self.box.index(place[0]).reshape([rows, columns])
-
-
-@aggregate
-class Work:
-    """Which items are a block's, and what an item is."""
-
-    first: gl.tensor
-    step: gl.tensor
-    items: gl.tensor
-    row_tiles: gl.tensor
-    heads: gl.tensor
-    per_heads: gl.tensor
-    together: gl.tensor
-    per_together: gl.tensor
-    cohort: gl.tensor
-    per_cohort: gl.tensor
-    seqlen_q: gl.tensor
-    seqlen_k: gl.tensor
-    GROUP: gl.constexpr
-    CAUSAL: gl.constexpr
-    BLOCK_M: gl.constexpr
-    BLOCK_N: gl.constexpr
-
-    @gluon.constexpr_function
-    def __init__(
-        self, first, step, items, row_tiles, heads, per_heads, together, per_together, cohort, per_cohort, seqlen_q,
-        seqlen_k, GROUP, CAUSAL, BLOCK_M, BLOCK_N,
-    ):  # fmt: skip
-        self.first = first
-        self.step = step
-        self.items = items
-        self.row_tiles = row_tiles
-        self.heads = heads
-        self.per_heads = per_heads
-        self.together = together
-        self.per_together = per_together
-        self.cohort = cohort
-        self.per_cohort = per_cohort
-        self.seqlen_q = seqlen_q
-        self.seqlen_k = seqlen_k
-        self.GROUP = gl.constexpr(GROUP)
-        self.CAUSAL = gl.constexpr(CAUSAL)
-        self.BLOCK_M = gl.constexpr(BLOCK_M)
-        self.BLOCK_N = gl.constexpr(BLOCK_N)
-
-    @gluon.jit
-    def index(self, turn):
-        """The block's item at `turn`. To and fro over the blocks: who had fewer keys in one has more in the next."""
-        place = gl.where((turn & 1) == 0, self.first, self.step - 1 - self.first)
-        return turn * self.step + place
-
-    @gluon.jit
-    def item(self, turn):
-        """(row tile, head, batch). Causal: so many heads together as the launch says, then the next ones, batches
-        outermost; of these the last rows first, which see the most keys. Else one head after the other.
-        """
-        index = self.index(turn)
-        pair = divide(index, self.per_cohort)
-        level = index - pair * self.cohort
-        if self.CAUSAL:
-            place = level
-            level = divide(place, self.per_together)
-            pair = pair * self.together + place - level * self.together
-        batch = divide(pair, self.per_heads)
-        return self.row_tiles - 1 - level, pair - batch * self.heads, batch
-
-    @gluon.jit
-    def keys(self, end):
-        """Tiles of keys that the rows before `end` see; at least one."""
-        seen = self.seqlen_k
-        if self.CAUSAL:
-            seen = gl.minimum(seen, end + self.seqlen_k - self.seqlen_q)
-        return gl.maximum((seen + self.BLOCK_N - 1) // self.BLOCK_N, 1)
-
-    @gluon.jit
-    def end(self, row_tile):
-        """Behind the last tile of keys that an item's rows see."""
-        return self.keys((row_tile + 1) * self.BLOCK_M) * self.BLOCK_N
 
 
 @gluon.jit
@@ -476,6 +399,8 @@ def _consume(given, WHICH: gl.constexpr):
         row_tile, head, batch = item
         row = (row_tile * GROUPS + WHICH) * ROWS
         tiles = work.keys(row + ROWS)
+        if GROUPS == 3:
+            tiles = gl.where(row < work.seqlen_q, tiles, 0)  # a product of rows that are not there costs as much
         acc = (gl.zeros([ROWS, values.COLUMNS], gl.float32, _warpgroup(values.COLUMNS)),)
         if values.MORE:
             acc = acc + (gl.zeros([ROWS, values.MORE], gl.float32, _warpgroup(values.MORE)),)
@@ -492,10 +417,10 @@ def _consume(given, WHICH: gl.constexpr):
                 work, dtype, EVEN_N, NEGATE, SUMS, GROUPS,
             )  # fmt: skip
         loads += tiles
-        item = work.item(turn + 1)
         if GROUPS == 4:
+            item = work.item(turn + 1)
             _fetch_q(q_desc, q_box, q_full, turn + 1, item, work, WHICH)
-        for _ in range(tiles, work.keys((row_tile + 1) * work.BLOCK_M)):  # those that only rows further down see
+        for _ in range(tiles, work.keys(row + (GROUPS - WHICH) * ROWS)):  # those that only other rows see
             if GROUPS < 4:
                 place = keys.place(loads)
             keys.wait(place)
@@ -522,13 +447,15 @@ def _consume(given, WHICH: gl.constexpr):
             base = (batch.to(gl.int64) * work.heads + head) * work.seqlen_q
             gl.store(lse + base + rows, m * LN2 + gl.log(total), mask=rows < work.seqlen_q)
         turn += 1
+        if GROUPS < 4:
+            item = work.item(turn)
     tma.store_wait(0)
 
 
 @gluon.jit
 def attention_forward_specialized(
     q_desc, k_desc, v_desc, o_desc, lse, qk_scale, longest_q, longest_k, row_tiles, heads, per_heads, together,
-    per_together, cohort, per_cohort, items, blocks,
+    per_together, cohort, per_cohort, items, blocks, per_blocks, shift,
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, EVEN_N: gl.constexpr, NEGATE: gl.constexpr, D: gl.constexpr,
     MORE_D: gl.constexpr, DV: gl.constexpr, MORE_DV: gl.constexpr, GROUPS: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -539,7 +466,7 @@ def attention_forward_specialized(
     compute; four also load. STAGES: buffers each for K and V. REGISTERS: of a thread that computes; what a warp that
     loads leaves goes to the first warpgroup. The boxes of q_desc and o_desc are one warpgroup's rows, row_tiles count a
     block's. together: heads, of all batches, whose items come together; cohort: these items. blocks: of the grid, for a
-    register less than asking for it.
+    register less than asking for it. shift: blocks by which items move on with each turn.
     """
     dtype: gl.constexpr = q_desc.dtype
     ROWS: gl.constexpr = q_desc.block_shape[2]
@@ -574,8 +501,8 @@ def attention_forward_specialized(
     keys.prepare(GROUPS)
     fence_async_shared()
     work = Work(
-        gl.program_id(0), blocks, items, row_tiles, heads, per_heads, together, per_together, cohort, per_cohort,
-        longest_q, longest_k, GROUP, CAUSAL, GROUPS * ROWS, BLOCK_N,
+        gl.program_id(0), blocks, per_blocks, shift, items, row_tiles, heads, per_heads, together, per_together, cohort,
+        per_cohort, longest_q, longest_k, GROUP, CAUSAL, GROUPS * ROWS, BLOCK_N,
     )  # fmt: skip
     gdc_wait()  # the set-up above overlaps with whatever ran before in the stream; it has now written its results
     gdc_launch_dependents()  # a next kernel's blocks find no room before ours end
