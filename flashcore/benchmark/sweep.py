@@ -4,10 +4,12 @@
     flashcore tune --check --suite nine window bias --json results/choices.json
 
 What is to be measured is compiled in several processes first. Each configuration passes the error gate before it is
-timed. All that serve a problem are timed together on the gpu clock with warm inputs, the fastest few again for longer,
-and the table gets one row a problem: the winner and its time. Problems that the table has already, from an earlier run,
-keep their rows unless they are measured again. With --check nothing is written to a table: it says where another
-configuration is faster than the one that calls get today, also for problems with options, which no table knows.
+timed. All that serve a problem are timed together on the gpu clock with warm inputs, the fastest few again for longer
+and on the rested clock: in turns with others some are ahead that take longer where nothing holds a GPU's clock back.
+The table gets one row a problem: who wins by the geometric mean of both, and its time in turns. Problems that the table
+has already, from an earlier run, keep their rows unless they are measured again. With --check nothing is written to a
+table: it says where another configuration is faster than the one that calls get today, also for problems with options,
+which no table knows.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from flashcore.core.target import Target
 from flashcore.launch import compile_check, compiled, launcher, packet, select
 from flashcore.launch.arguments import Options, problem_of
 from flashcore.measure import machine
-from flashcore.measure.clocks import Contestant, gpu_times
+from flashcore.measure.clocks import Contestant, gpu_times, rested_times
 from flashcore.measure.statistics import median
 from flashcore.testing import gates
 from flashcore.tuning import lookup
@@ -84,7 +86,13 @@ class Timed:
     """One configuration on one problem."""
 
     config: Config
-    us: float  # gpu warm, the median
+    us: float  # gpu warm, in turns with the others, the median
+    rested_us: float
+
+    @property
+    def mean(self) -> float:
+        """What configurations are ranked by."""
+        return math.sqrt(self.us * self.rested_us)
 
 
 def measure(case: Case, report: Callable[[str], object] = lambda text: None) -> tuple[Problem, Config, list[Timed]]:
@@ -118,12 +126,18 @@ def measure(case: Case, report: Callable[[str], object] = lambda text: None) -> 
         calls[config] = call
     if not calls:
         return problem, chosen, []
-    for replays in (FIRST_REPLAYS, LAST_REPLAYS):
-        found, _ = gpu_times({repr(config): Contestant([call]) for config, call in calls.items()}, replays=replays)
-        times = {config: median(found[repr(config)]) for config in calls}
-        order = sorted(times, key=times.__getitem__)
-        calls = {config: calls[config] for config in order if config in order[:FINALISTS] or config == chosen}
-    return problem, chosen, [Timed(config, times[config]) for config in order]
+    contestants = {repr(config): Contestant([call]) for config, call in calls.items()}
+    first, _ = gpu_times(contestants, replays=FIRST_REPLAYS)
+    order = sorted(contestants, key=lambda name: median(first[name]))
+    kept = {*order[:FINALISTS], repr(chosen)}
+    contestants = {name: contestant for name, contestant in contestants.items() if name in kept}
+    in_turns, _ = gpu_times(contestants, replays=LAST_REPLAYS)
+    rested, _ = rested_times(contestants)
+    timed = [
+        Timed(config, median(in_turns[repr(config)]), median(rested[repr(config)]))
+        for config in calls if repr(config) in contestants
+    ]  # fmt: skip
+    return problem, chosen, sorted(timed, key=lambda entry: entry.mean)
 
 
 def variants(work: Sequence[Case], target: Target) -> list[tuple[Problem, Config, Target]]:
@@ -216,8 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 best = timed[0]
                 rows.append(lookup.row(problem, best.config, best.us, gpu.name, environment["commit"] or "unknown"))
                 lookup.update(path, gpu.arch, lambda table: merged(table, rows))
-                second = f", then {timed[1].us:.2f} µs" if len(timed) > 1 else ""
-                terminal.line(f"{case.label:<28} {_named(best.config)}: {best.us:.2f} µs{second}")
+                second = f", then {_times(timed[1])}" if len(timed) > 1 else ""
+                terminal.line(f"{case.label:<28} {_named(best.config)}: {_times(best)}{second}")
     if rows:
         print(f"{len(rows)} rows written to {path}")
     behind = [entry for entry in checked if entry["ratio"] > SLOWER]
@@ -229,20 +243,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compared(case: Case, chosen: Config, timed: Sequence[Timed]) -> dict[str, Any]:
     """What a call gets today beside the fastest configuration; a choice that failed counts as infinitely slow."""
     fastest = timed[0]
-    us = next((t.us for t in timed if t.config == chosen), math.inf)
+    mine = next((entry for entry in timed if entry.config == chosen), Timed(chosen, math.inf, math.inf))
     return {
         "case": case.label, "shape": case.shape.as_json(), "queries": case.queries or case.shape.seqlen,
-        "chosen": asdict(chosen), "us": us, "fastest": asdict(fastest.config), "fastest_us": fastest.us,
-        "ratio": us / fastest.us,
+        "chosen": asdict(chosen), "us": mine.us, "rested_us": mine.rested_us, "fastest": asdict(fastest.config),
+        "fastest_us": fastest.us, "fastest_rested_us": fastest.rested_us, "ratio": mine.mean / fastest.mean,
     }  # fmt: skip
 
 
 def _verdict(entry: dict[str, Any]) -> str:
-    chosen, fastest = (_named(Config(**entry[name])) for name in ("chosen", "fastest"))
-    line = f"{entry['case']:<28} {chosen}: {entry['us']:.2f} µs"
+    chosen, fastest = (Config(**entry[name]) for name in ("chosen", "fastest"))
+    line = f"{entry['case']:<28} {_named(chosen)}: {_times(Timed(chosen, entry['us'], entry['rested_us']))}"
     if entry["ratio"] > SLOWER:
-        line += f", {entry['ratio']:.2f} times as long as {fastest}: {entry['fastest_us']:.2f} µs"
+        best = Timed(fastest, entry["fastest_us"], entry["fastest_rested_us"])
+        line += f", {entry['ratio']:.2f} times as long as {_named(fastest)}: {_times(best)}"
     return line
+
+
+def _times(timed: Timed) -> str:
+    return f"{timed.us:.2f} µs, rested {timed.rested_us:.2f}"
 
 
 def _named(c: Config) -> str:

@@ -3,6 +3,7 @@
 call      CUDA events around one eager call, synchronised each time: what a caller sees, the launch path included.
 gpu       device time: N calls captured in one CUDA graph, the replay's time divided by N.
 alone     the same of each contestant by itself for a while, at the clock that its own power leaves the GPU.
+rested    the same behind a pause before each replay, at a clock that nothing holds back.
 host      CPU time of a call, back to back without synchronisation.
 
 All but `alone` take every contestant at once and interleave them, so that a drift of the clocks, of the temperature or
@@ -26,6 +27,7 @@ from flashcore.measure.statistics import median
 Call = Callable[[], Any]
 
 WARMUP_US = 200_000  # of GPU time before gpu timings: an idle H100 takes tens of milliseconds to reach its clock
+REST_S = 0.012  # behind which calls that a power limit held back took up to a fifth less (results/trials/76)
 SETTLE_US, ALONE_US = 300_000, 200_000  # the power limit is enforced within some 100 ms
 COLD_FOOTPRINT = 3  # inputs rotate through more than this many times the L2, so that none survives until its turn
 
@@ -219,6 +221,35 @@ def alone_times(
                     values.append(us / counts[name])
                 spent += 2 * us  # one replay is timed, one runs ahead of it
             times[name].append(median(values))
+    return times, counts
+
+
+def rested_times(
+    contestants: Mapping[str, Contestant],
+    *,
+    replays: int = 10,
+    rest_s: float = REST_S,
+    replay_us: float = 500.0,
+    most_calls: int = 400,
+    device: Device | None = None,
+    sleep: Callable[[float], object] = time.sleep,
+    watch: Callable[[str], object] = lambda name: None,
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """The rested clock: `replays` values per contestant, interleaved replay by replay, the GPU idle for `rest_s` before
+    each, and the calls in each one's graph. What a call takes where requests leave a GPU pauses.
+
+    The GPU has to be awake already: an idle one takes tens of milliseconds to reach its clock.
+    """
+    device = device or Cuda()
+    timed = _replay_timer(device)
+    graphs, counts = _capture(contestants, timed, replay_us, most_calls, device, watch)
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(replays):
+        for name in rotation(list(contestants), turn):
+            watch(name)
+            device.synchronize()
+            sleep(rest_s)
+            times[name].append(timed(graphs[name]) / counts[name])
     return times, counts
 
 

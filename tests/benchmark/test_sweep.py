@@ -91,7 +91,9 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """Microseconds by configuration; 10 where nothing is said. WRONG or FAILING instead, and it is just that."""
+    """Microseconds by configuration, rested the same unless said apart; 10 where nothing is said. WRONG or FAILING
+    instead, and it is just that.
+    """
     said: dict[str, float] = {}
 
     def launcher(problem: Problem, config: Config, tensors: dict[str, Tensor]) -> Any:
@@ -111,7 +113,11 @@ def times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
     monkeypatch.setattr(sweep, "DEVICE", "cpu")
     monkeypatch.setattr(sweep, "_launcher", launcher)
+    def rested(contestants: Mapping[str, Contestant]) -> Any:
+        return {name: [said.get(f"rested {name}", said.get(name, 10.0))] for name in contestants}, {}
+
     monkeypatch.setattr(sweep, "gpu_times", clock)
+    monkeypatch.setattr(sweep, "rested_times", rested)
     monkeypatch.setattr(sweep.targets, "current", lambda device: H100)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -132,6 +138,13 @@ def test_the_fastest_few_and_the_choice_are_timed_for_long(times: dict[str, floa
     problem, found, timed = sweep.measure(SMALL)
     assert problem == SMALL.problem("meta")[0] and found == chosen
     assert [(t.config, t.us) for t in timed] == [(c, float(i + 1)) for i, c in enumerate(fast)] + [(chosen, 20.0)]
+
+
+def test_who_wins_by_both_clocks_is_chosen(times: dict[str, float]) -> None:
+    first, second, *_ = offered()
+    times |= {repr(first): 4.0, repr(second): 4.2, f"rested {first!r}": 3.9, f"rested {second!r}": 3.5}
+    _, _, timed = sweep.measure(SMALL)
+    assert [(t.config, t.us, t.rested_us) for t in timed[:2]] == [(second, 4.2, 3.5), (first, 4.0, 3.9)]
 
 
 def test_what_is_wrong_or_fails_is_reported_and_not_timed(times: dict[str, float]) -> None:

@@ -167,6 +167,24 @@ def test_alone_times_are_those_of_a_gpu_that_has_settled(device: FakeDevice) -> 
     assert times == {"a": pytest.approx([200.0] * 2), "b": pytest.approx([500.0] * 2)}
 
 
+def test_rested_times_pause_before_every_replay(device: FakeDevice) -> None:
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        assert device.log[-1] == "sync", "the GPU rests once it is idle"
+        pauses.append(seconds)
+        device.log.append("rest")
+
+    contestants = {name: Contestant([device.work(name, us)]) for name, us in (("a", 20.0), ("b", 50.0))}
+    times, counts = clocks.rested_times(
+        contestants, replays=4, rest_s=0.5, replay_us=100, device=device, sleep=sleep
+    )
+    assert times == {"a": [20.0] * 4, "b": [50.0] * 4} and counts == {"a": 5, "b": 2}
+    assert pauses == [0.5] * 8
+    order = [device.log[i + 1] for i, what in enumerate(device.log) if what == "rest"]
+    assert order == ["a", "b", "b", "a", "b", "a", "a", "b"]
+
+
 def test_alone_times_have_a_value_of_the_slowest_call(device: FakeDevice) -> None:
     slow = {"a": Contestant([device.work("a", 90_000)])}
     assert clocks.alone_times(slow, turns=1, settle_us=10, measure_us=10, device=device)[0]["a"] == [90_000.0]
