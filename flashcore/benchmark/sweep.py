@@ -39,13 +39,14 @@ from flashcore.core.target import Target
 from flashcore.launch import compile_check, compiled, launcher, packet, select
 from flashcore.launch.arguments import Options, problem_of
 from flashcore.measure import machine
-from flashcore.measure.clocks import Contestant, gpu_times, rested_times
+from flashcore.measure.clocks import REST_S, Contestant, gpu_times
 from flashcore.measure.statistics import median
 from flashcore.testing import gates
 from flashcore.tuning import lookup
 
 DEVICE = "cuda"
-FIRST_REPLAYS, LAST_REPLAYS = 5, 30
+FIRST_REPLAYS, LAST_REPLAYS, RESTED_REPLAYS = 5, 30, 10
+RESTED_US = 500.0  # of a replay: in longer ones one code's times were seen to differ by 8% (results/trials/76)
 FINALISTS = 4
 SLOWER = 1.05  # times as long as the fastest configuration: what a check lets a choice take
 
@@ -132,7 +133,7 @@ def measure(case: Case, report: Callable[[str], object] = lambda text: None) -> 
     kept = {*order[:FINALISTS], repr(chosen)}
     contestants = {name: contestant for name, contestant in contestants.items() if name in kept}
     in_turns, _ = gpu_times(contestants, replays=LAST_REPLAYS)
-    rested, _ = rested_times(contestants)
+    rested, _ = gpu_times(contestants, replays=RESTED_REPLAYS, replay_us=RESTED_US, rest_s=REST_S)
     timed = [
         Timed(config, median(in_turns[repr(config)]), median(rested[repr(config)]))
         for config in calls if repr(config) in contestants

@@ -247,7 +247,8 @@ def _deal(p: Problem, config: Config, blocks: int) -> tuple[int, int]:
 def _lengths(p: Problem, config: Config) -> list[float]:
     """What a head's items take, in tiles of keys and half a one for start and end, in the order in which the kernel
     deals them. Where not all warpgroups compute a tile, since its keys are hidden from their rows or, of three, rows
-    are not there, the others take two thirds: the tensor cores bind them less, their softmax more.
+    are not there, the others take two thirds, as causal ones were seen to: the tensor cores bind them less, their
+    softmax more.
     """
     groups = config.num_warps // 4
     rows = config.block_m // groups

@@ -3,7 +3,7 @@
 call      CUDA events around one eager call, synchronised each time: what a caller sees, the launch path included.
 gpu       device time: N calls captured in one CUDA graph, the replay's time divided by N.
 alone     the same of each contestant by itself for a while, at the clock that its own power leaves the GPU.
-rested    the same behind a pause before each replay, at a clock that nothing holds back.
+rested    gpu with a pause before each replay, at a clock that nothing holds back.
 host      CPU time of a call, back to back without synchronisation.
 
 All but `alone` take every contestant at once and interleave them, so that a drift of the clocks, of the temperature or
@@ -163,14 +163,18 @@ def gpu_times(
     replay_us: float = 1000.0,
     most_calls: int = 400,
     warmup_us: float = WARMUP_US,
+    rest_s: float = 0.0,
     device: Device | None = None,
+    sleep: Callable[[float], object] = time.sleep,
     watch: Callable[[str], object] = lambda name: None,
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """The gpu clock: `replays` values per contestant, interleaved replay by replay, and the calls in each one's graph.
 
     Inputs are as warm as `calls` make them: one call repeats on the same input, several take turns. A graph holds as
     many calls as fill `replay_us`, so that the microsecond between two replays doesn't count, but at most `most_calls`,
-    and always whole turns. `watch` hears whose turn it is, for whoever wants to know where a GPU hung.
+    and always whole turns. With `rest_s`, REST_S say, the GPU is idle for so long before each replay: the rested clock,
+    what a call takes where requests leave a GPU pauses. `watch` hears whose turn it is, for whoever wants to know where
+    a GPU hung.
     """
     device = device or Cuda()
     timed = _replay_timer(device)
@@ -186,6 +190,8 @@ def gpu_times(
     for turn in range(replays):
         for name in rotation(names, turn):
             watch(name)
+            if rest_s:  # nothing is under way: the replay before was waited for
+                sleep(rest_s)
             times[name].append(timed(graphs[name]) / counts[name])
     return times, counts
 
@@ -221,35 +227,6 @@ def alone_times(
                     values.append(us / counts[name])
                 spent += 2 * us  # one replay is timed, one runs ahead of it
             times[name].append(median(values))
-    return times, counts
-
-
-def rested_times(
-    contestants: Mapping[str, Contestant],
-    *,
-    replays: int = 10,
-    rest_s: float = REST_S,
-    replay_us: float = 500.0,
-    most_calls: int = 400,
-    device: Device | None = None,
-    sleep: Callable[[float], object] = time.sleep,
-    watch: Callable[[str], object] = lambda name: None,
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """The rested clock: `replays` values per contestant, interleaved replay by replay, the GPU idle for `rest_s` before
-    each, and the calls in each one's graph. What a call takes where requests leave a GPU pauses.
-
-    The GPU has to be awake already: an idle one takes tens of milliseconds to reach its clock.
-    """
-    device = device or Cuda()
-    timed = _replay_timer(device)
-    graphs, counts = _capture(contestants, timed, replay_us, most_calls, device, watch)
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(replays):
-        for name in rotation(list(contestants), turn):
-            watch(name)
-            device.synchronize()
-            sleep(rest_s)
-            times[name].append(timed(graphs[name]) / counts[name])
     return times, counts
 
 

@@ -108,16 +108,15 @@ def times(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
         return call
 
-    def clock(contestants: Mapping[str, Contestant], *, replays: int) -> Any:
-        return {name: [said.get(name, 10.0)] * replays for name in contestants}, {}
+    def clock(contestants: Mapping[str, Contestant], *, replays: int, rest_s: float = 0.0, **rest: float) -> Any:
+        us = {name: said.get(name, 10.0) for name in contestants}
+        if rest_s:
+            us |= {name: said[f"rested {name}"] for name in contestants if f"rested {name}" in said}
+        return {name: [us[name]] * replays for name in contestants}, {}
 
     monkeypatch.setattr(sweep, "DEVICE", "cpu")
     monkeypatch.setattr(sweep, "_launcher", launcher)
-    def rested(contestants: Mapping[str, Contestant]) -> Any:
-        return {name: [said.get(f"rested {name}", said.get(name, 10.0))] for name in contestants}, {}
-
     monkeypatch.setattr(sweep, "gpu_times", clock)
-    monkeypatch.setattr(sweep, "rested_times", rested)
     monkeypatch.setattr(sweep.targets, "current", lambda device: H100)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -167,7 +167,7 @@ def test_alone_times_are_those_of_a_gpu_that_has_settled(device: FakeDevice) -> 
     assert times == {"a": pytest.approx([200.0] * 2), "b": pytest.approx([500.0] * 2)}
 
 
-def test_rested_times_pause_before_every_replay(device: FakeDevice) -> None:
+def test_a_rested_gpu_pauses_before_every_replay(device: FakeDevice) -> None:
     pauses: list[float] = []
 
     def sleep(seconds: float) -> None:
@@ -176,8 +176,8 @@ def test_rested_times_pause_before_every_replay(device: FakeDevice) -> None:
         device.log.append("rest")
 
     contestants = {name: Contestant([device.work(name, us)]) for name, us in (("a", 20.0), ("b", 50.0))}
-    times, counts = clocks.rested_times(
-        contestants, replays=4, rest_s=0.5, replay_us=100, device=device, sleep=sleep
+    times, counts = clocks.gpu_times(
+        contestants, replays=4, rest_s=0.5, replay_us=100, warmup_us=1, device=device, sleep=sleep
     )
     assert times == {"a": [20.0] * 4, "b": [50.0] * 4} and counts == {"a": 5, "b": 2}
     assert pauses == [0.5] * 8
