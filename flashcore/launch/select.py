@@ -270,8 +270,8 @@ def _four(p: Problem, target: Target) -> bool:
     """Whether blocks of four warpgroups that share K and V are ahead, at head dimensions of 24 to 64: beside so many
     keys that what they save outweighs the begins and ends of items, which nothing hides in a block's only turn. They
     save power and, where rows lie across the L2's lines, waits for K and V. Causal, beside more keys: small blocks
-    compute less of what is hidden. A rule, since the table's rows are timed in turns with others, at the clock that all
-    of them leave: docs/design/hopper-log.md has what four take after a pause and alone.
+    compute less of what is hidden. A rule, since most of the table's rows were timed in turns with others alone, at the
+    clock that all of them leave: docs/design/hopper-log.md has what four take after a pause and alone.
     """
     dim = max(p.head_dim, p.head_dim_v)
     if not 16 < dim <= 64:
